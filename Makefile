@@ -1,0 +1,44 @@
+# The two commands of a fresh machine are `make demo` and `make test`.
+#   PYTHON    the interpreter to build .venv with, 3.11 or newer
+#   PIP_ARGS  more arguments for pip. The torch pin may fetch a build for GPUs of several GB; an
+#             index of CPU builds, given here with --index-url or --extra-index-url, avoids that.
+#   ARGS      more arguments for `tamoe demo` or pytest
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+ARGS ?=
+PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install -q $(PIP_ARGS)
+INSTALL = $(PIP) --no-deps --no-build-isolation
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/ready
+	@rm -rf build
+	@$(INSTALL) .  # not editable: an editable install seen from the parent of a clone is empty
+	$(VENV)/bin/tamoe demo $(ARGS)
+
+test: $(VENV)/ready
+	@$(INSTALL) -e .
+	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -q --doctest-modules --ignore=tamoe/experiments tamoe
+
+lint: $(VENV)/ready
+	@$(INSTALL) -e .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy -p tamoe
+
+format: $(VENV)/ready
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tamoe needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	@rm -rf build
+	$(PIP) "setuptools>=77"
+	$(PIP) -c constraints.txt ".[test]"
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""The demo, and one file for each figure or table. The core never imports this package."""

@@ -1,0 +1,69 @@
+"""Topology-aware Mixture-of-Experts training.
+
+Measure the cluster's links, solve for how many tokens each rank should send to each expert, steer
+any router there, and move the tokens. The names below are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tamoe.bias import TopologyBias as TopologyBias
+    from tamoe.exchange import Exchange as Exchange
+    from tamoe.gates import (
+        GShardGate as GShardGate,
+        NaiveGate as NaiveGate,
+        SwitchGate as SwitchGate,
+    )
+    from tamoe.loss import TopologyLoss as TopologyLoss
+    from tamoe.moe import MoE as MoE, MoEOutput as MoEOutput
+    from tamoe.routing import Routing as Routing
+    from tamoe.topology.errors import (
+        EmulationError as EmulationError,
+        InfeasibleError as InfeasibleError,
+        InputError as InputError,
+        MissingDependencyError as MissingDependencyError,
+        ProbeError as ProbeError,
+        RankError as RankError,
+        RankTimeoutError as RankTimeoutError,
+        TamoeError as TamoeError,
+    )
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "EmulationError": "topology.errors",
+    "Exchange": "exchange",
+    "GShardGate": "gates",
+    "InfeasibleError": "topology.errors",
+    "InputError": "topology.errors",
+    "MissingDependencyError": "topology.errors",
+    "MoE": "moe",
+    "MoEOutput": "moe",
+    "NaiveGate": "gates",
+    "ProbeError": "topology.errors",
+    "RankError": "topology.errors",
+    "RankTimeoutError": "topology.errors",
+    "Routing": "routing",
+    "SwitchGate": "gates",
+    "TamoeError": "topology.errors",
+    "TopologyBias": "bias",
+    "TopologyLoss": "loss",
+}
+_MODULES = ("functional", "solver", "topology")
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__", "functional"]

@@ -1,0 +1,62 @@
+"""Every error that tamoe raises on purpose, in one small tree.
+
+A message names the argument, the value that was given and what is allowed, and ends with what to
+do next. ``exit_code`` is what the command line returns for it.
+"""
+
+from __future__ import annotations
+
+
+class TamoeError(Exception):
+    """Base of all errors raised on purpose by tamoe."""
+
+    exit_code = 1
+
+
+class InputError(TamoeError, ValueError):
+    """An argument, flag or file is not what it may be."""
+
+    exit_code = 2
+
+
+class InfeasibleError(InputError):
+    """The dispatch problem has no solution, or only a degenerate one."""
+
+
+class EmulationError(TamoeError):
+    """The kernel or its settings refuse what an emulated cluster needs."""
+
+    exit_code = 2
+
+
+class MissingDependencyError(TamoeError):
+    """An optional package is needed for this and is not installed."""
+
+    exit_code = 2
+
+
+class RankError(TamoeError):
+    """A rank raised, died or did not answer in time.
+
+    ``rank`` is the first rank that failed, or None where no single rank is to blame.
+    """
+
+    exit_code = 3
+
+    def __init__(self, message: str, rank: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+
+class RankTimeoutError(RankError, TimeoutError):
+    """Ranks did not finish within the time that they were given."""
+
+
+class ProbeError(RankError):
+    """The probe could not measure what it had to."""
+
+
+class StoppedError(TamoeError):
+    """The user stopped the run; the message says where the results so far are."""
+
+    exit_code = 3
