@@ -1,0 +1,149 @@
+"""``tamoe probe``: in the running job, on an emulated cluster, or on this host alone."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from tamoe.progress import progress_line
+from tamoe.topology.errors import InputError, StoppedError
+from tamoe.topology.graph import Topology
+
+PROBE_TIMEOUT_S = 900.0
+_LAUNCHERS = (  # what srun, Open MPI and PMI launchers call rank, world size and local rank
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+)
+TORCHRUN_LINE = (
+    "torchrun --nnodes N --nproc-per-node GPUS --rdzv-endpoint HOST:29500 -m tamoe probe -o FILE"
+)
+
+
+def run_probe(
+    cluster: str | None,
+    output: Path,
+    *,
+    budget_s: float | None = None,
+    ranks: int | None = None,
+) -> Topology | None:
+    """Measure and write ``output``; None on the ranks of a running job that do not print.
+
+    Raises
+    ------
+    InputError
+        ``cluster`` inside a running job, a budget that is not positive, an unwritable output.
+    StoppedError
+        Ctrl-C; the message names the partial file.
+    """
+    if budget_s is not None and not budget_s > 0:
+        raise InputError(f"--budget-s is {budget_s}; allowed: > 0 seconds")
+    if ranks is not None and ranks < 1:
+        raise InputError(f"--ranks is {ranks}; allowed: 1 or more")
+    if cluster is not None and ranks is not None:
+        raise InputError("--ranks and --cluster: give one; the cluster says how many ranks it has")
+    if not output.parent.is_dir():
+        raise InputError(f"--output is {str(output)!r}; {output.parent} is not a folder")
+    job = job_environment(os.environ)
+    if job is not None:
+        if cluster is not None or ranks is not None:
+            raise InputError(
+                "--cluster and --ranks start ranks; this process is a rank of a running job"
+            )
+        return _probe_job(job, output, budget_s)
+    try:
+        topology = _probe_own_ranks(cluster, ranks, output, budget_s)
+    except KeyboardInterrupt:
+        kept = f"; what was measured is in {output}" if output.exists() else ""
+        raise StoppedError(f"probe stopped{kept}") from None
+    topology.save(output)
+    return topology
+
+
+def job_environment(environment: Mapping[str, str]) -> dict[str, str] | None:
+    """RANK, WORLD_SIZE and LOCAL_RANK of the running job, whoever launched it; None outside one.
+
+    >>> job_environment({"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"})
+    {'RANK': '3', 'WORLD_SIZE': '8', 'LOCAL_RANK': '1'}
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    for theirs in (names, *_LAUNCHERS):
+        if theirs[0] in environment and theirs[1] in environment:
+            values = (
+                environment[theirs[0]],
+                environment[theirs[1]],
+                environment.get(theirs[2], "0"),
+            )
+            return dict(zip(names, values, strict=True))
+    return None
+
+
+def _probe_job(job: dict[str, str], output: Path, budget_s: float | None) -> Topology | None:
+    import torch
+    import torch.distributed as dist
+
+    if "MASTER_ADDR" not in os.environ:
+        raise InputError(
+            "MASTER_ADDR is not set; this launcher does not set it. Export MASTER_ADDR (the first "
+            "host) and MASTER_PORT (a free port there) before starting the job"
+        )
+    os.environ.update(job)
+    os.environ.setdefault("MASTER_PORT", "29500")
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(job["LOCAL_RANK"])) if gpu else None
+    if device is not None:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if gpu else "gloo", device_id=device)
+    try:
+        return _probe_rank(dist.get_rank(), str(output), budget_s)
+    finally:
+        dist.destroy_process_group()
+
+
+def _probe_own_ranks(
+    cluster: str | None, ranks: int | None, output: Path, budget_s: float | None
+) -> Topology:
+    from tamoe.topology.ranks import run_ranks
+    from tamoe.topology.spec import ClusterSpec
+
+    target: ClusterSpec | int
+    if cluster is not None:
+        target = ClusterSpec.parse(cluster)
+    else:
+        target = ranks or _visible_gpus() or max(2, os.cpu_count() or 2)
+        if not _visible_gpus():
+            print(
+                f"no GPU here: measuring this host's loopback with {target} ranks. For a cluster: "
+                f"{TORCHRUN_LINE}",
+                file=sys.stderr,
+            )
+    results = run_ranks(target, _probe_rank, str(output), budget_s, timeout_s=PROBE_TIMEOUT_S)
+    topology: Topology = results[0]
+    return topology
+
+
+def _visible_gpus() -> int:
+    """GPUs of this host without importing torch; 0 where there is no driver."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        count = int(pynvml.nvmlDeviceGetCount())
+    except pynvml.NVMLError:
+        return 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (
+        count if visible is None else min(count, len([v for v in visible.split(",") if v.strip()]))
+    )
+
+
+def _probe_rank(rank: int, output: str, budget_s: float | None) -> Topology | None:
+    from tamoe.topology.probing import probe
+
+    topology = probe(budget_s=budget_s, progress=progress_line("probe"), partial_path=output)
+    if rank:
+        return None
+    topology.save(output)
+    return topology

@@ -1,0 +1,115 @@
+"""The command line: tables and JSON for good input; for bad input exit 2 and one message."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tamoe.cli import main
+from tamoe.topology import Topology
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    code = end.value.code
+    return (0 if code is None else int(str(code))), captured.out, captured.err
+
+
+@pytest.fixture
+def topology_file(tmp_path: Path) -> Path:
+    path = tmp_path / "t.json"
+    bandwidths = (2e9, 48e6, 12e6)
+    Topology.from_tree("[[2,2],[2]]", bandwidth_bytes_per_s=bandwidths).save(path)
+    return path
+
+
+def test_solve_prints_levels_times_bound_and_bottlenecks(
+    capsys: pytest.CaptureFixture[str], topology_file: Path, tmp_path: Path
+) -> None:
+    code, out, _ = run(capsys, "solve", topology_file, "-o", tmp_path / "p.json")
+    assert code == 0
+    for words in ("same node", "lower bound", "bottleneck links:", "simulated", "gap"):
+        assert words in out
+    assert json.loads((tmp_path / "p.json").read_text())["schema"] == "tamoe.plan"
+
+
+def test_solve_json_is_json(capsys: pytest.CaptureFixture[str], topology_file: Path) -> None:
+    code, out, _ = run(capsys, "solve", topology_file, "--json")
+    summary = json.loads(out)
+    assert code == 0
+    assert summary["label"] == "simulated"
+    assert summary["predicted_speedup"] > 1
+    assert sum(summary["level_shares"].values()) == pytest.approx(1)
+
+
+def test_show_writes_a_picture_and_the_table(
+    capsys: pytest.CaptureFixture[str], topology_file: Path, tmp_path: Path
+) -> None:
+    code, out, _ = run(capsys, "show", topology_file, "-o", tmp_path / "f.png")
+    assert code == 0
+    assert "6 ranks on 3 nodes" in out
+    assert "12.0 MB/s" in out
+    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_show_json_is_the_file(capsys: pytest.CaptureFixture[str], topology_file: Path) -> None:
+    _, out, _ = run(capsys, "show", topology_file, "--json")
+    assert json.loads(out) == json.loads(topology_file.read_text())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["solve", "FILE", "--bogus"], "No such option"),
+        (["solve", "missing.json"], "cannot read missing.json"),
+        (["solve", "FILE", "--top-k", "7"], "top_k is 7"),
+        (["solve", "FILE", "--top-k", "0"], "top_k is 0"),
+        (["solve", "FILE", "--tokens", "0"], "tokens_per_rank is 0"),
+        (["solve", "FILE", "--hidden-size", "-1"], "hidden_size is -1"),
+        (["solve", "FILE", "--floor", "1.5"], "floor is 1.5"),
+        (["solve", "FILE", "--kl", "-1"], "kl is -1"),
+        (["solve", "FILE", "--kl", "nan"], "kl is nan"),
+        (["solve", "FILE", "--method", "entropic"], "kl is 0"),
+        (["solve", "FILE", "--method", "magic"], "'magic' is not one of"),
+        (["solve", "FILE", "--self-send", "copy"], "copy_bytes_per_s"),
+        (["solve", "FILE", "--self-send", "dear"], "'dear' is not one of"),
+        (["solve", "FILE", "--self-send", "free", "--top-k", "1"], "floor"),
+        (["solve", "FILE", "-o", "/proc/nowhere/p.json"], "cannot write"),
+        (["show", "FILE", "-o", "figure.bmp"], "ending in .png or .svg"),
+        (["probe", "--cluster", "4x2:fast"], "fast"),
+        (["probe", "--cluster", "4x2:0mbit"], "0mbit"),
+        (["probe", "--cluster", "2x1:1gbit", "--budget-s", "0"], "--budget-s is 0"),
+        (["probe", "--ranks", "0"], "--ranks is 0"),
+        (["probe", "--cluster", "2x1:1gbit", "-o", "missing/t.json"], "is not a folder"),
+        (["emulate", "4y2", "--", "true"], "4y2"),
+        (["demo", "--cluster", "4x2:50mbit,1gbit"], "4x2"),
+        (["demo", "--steps", "0"], "steps is 0"),
+        (["demo", "--text", "missing.txt"], "missing.txt"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_2(
+    capsys: pytest.CaptureFixture[str],
+    topology_file: Path,
+    arguments: list[str],
+    message: str,
+) -> None:
+    code, out, err = run(capsys, *[topology_file if a == "FILE" else a for a in arguments])
+    assert code == 2
+    assert message in " ".join(err.split())
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def test_probe_inside_a_job_refuses_a_cluster(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = run(capsys, "probe", "--cluster", "2x1:1gbit")
+    assert (code, "running job" in err) == (2, True)
+    code, _, err = run(capsys, "probe")
+    assert (code, "MASTER_ADDR is not set" in err) == (2, True)

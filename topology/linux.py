@@ -1,0 +1,129 @@
+"""The few Linux calls that Python 3.11 lacks: namespaces, death signals, mounts, free memory."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+from pathlib import Path
+
+CLONE_NEWNS = 0x00020000
+CLONE_NEWUTS = 0x04000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+MS_BIND = 0x1000
+MS_REC = 0x4000
+MS_SLAVE = 0x80000
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _checked(result: int, what: str) -> None:
+    if result != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), what)
+
+
+def unshare(flags: int) -> None:
+    """Move this process (with CLONE_NEWPID: its next child) into new namespaces."""
+    _checked(_libc.unshare(flags), "unshare")
+
+
+def setns(descriptor: int, kind: int) -> None:
+    """Move this thread into the namespace that a descriptor holds."""
+    _checked(_libc.setns(descriptor, kind), "setns")
+
+
+def mount(source: str, target: str, flags: int) -> None:
+    """mount(2) without a file system type: bind mounts and propagation."""
+    ends = (os.fsencode(source), os.fsencode(target))
+    _checked(_libc.mount(*ends, None, ctypes.c_ulong(flags), None), f"mount {target}")
+
+
+def new_network_namespace() -> int:
+    """Move into a new network namespace and return a descriptor that keeps it."""
+    unshare(CLONE_NEWNET)
+    return network_namespace()
+
+
+def network_namespace() -> int:
+    """A descriptor of the network namespace of this process."""
+    return os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def die_with_parent(parent_pid: int | None = None, parent_pidfd: int | None = None) -> None:
+    """Be killed by the kernel when the parent thread ends; end now if it has ended already.
+
+    ``parent_pid`` is for a parent in the same PID namespace; across namespaces, where the parent
+    has no number, ``parent_pidfd`` is a descriptor from ``os.pidfd_open``.
+    """
+    _checked(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
+    if parent_pid is not None and os.getppid() != parent_pid:
+        os._exit(1)
+    if parent_pidfd is not None:
+        poll = select.poll()
+        poll.register(parent_pidfd, select.POLLIN)  # readable once the process has ended
+        if poll.poll(0):
+            os._exit(1)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of descendants whose own parent ends."""
+    _checked(_libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl")
+
+
+def map_own_user(uid: int, gid: int) -> None:
+    """Keep the user and group in a user namespace that was just made; others map to nobody."""
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
+    Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
+
+
+def num_threads() -> int:
+    """Number of threads of this process, those of C libraries included."""
+    return len(os.listdir("/proc/self/task"))
+
+
+def available_memory_bytes() -> int | None:
+    """Memory that new processes can have: the machine's, or the control group's if smaller."""
+    found = [value for value in (_meminfo_available(), _cgroup_available()) if value is not None]
+    return min(found) if found else None
+
+
+def _meminfo_available() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    kib = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return kib[0] * 1024 if kib else None
+
+
+def _reclaimable(folder: Path) -> int:
+    """File pages of a control group that the kernel drops when memory is wanted."""
+    stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    return int(stat.get("inactive_file", 0))
+
+
+def _cgroup_available() -> int | None:
+    root = Path("/sys/fs/cgroup")
+    try:
+        own = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2].strip("/")
+    except OSError:
+        return None
+    found = None
+    for folder in (root / own, *(root / own).parents):
+        if not folder.is_relative_to(root):
+            break
+        try:
+            limit = (folder / "memory.max").read_text().strip()
+            used = int((folder / "memory.current").read_text()) - _reclaimable(folder)
+        except (OSError, ValueError):
+            continue
+        if limit.isdecimal():
+            free = max(int(limit) - used, 0)
+            found = free if found is None else min(found, free)
+    return found

@@ -1,0 +1,266 @@
+"""The network of an emulated cluster: namespaces, bridges, veth pairs and token buckets.
+
+Each node is a network namespace. All switches are bridges in one more, the fabric. A veth pair is
+a link; ``tbf`` on both of its ends gives each direction its rate. With ``intra=RATE`` every rank
+has a namespace too, and its node's namespace is a bridge between the ranks and the uplink::
+
+    node 0                       fabric                        node 1
+    eth0 tbf ─────────── tbf nic0 ─ switch0 ─ nic1 tbf ─────────── tbf eth0
+
+Namespaces are only descriptors, without names, so they vanish with the processes that hold them.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tamoe.topology import linux
+from tamoe.topology.spec import BURST_BYTES, ClusterSpec
+
+# A bucket's queue: shorter ones drop, which cost up to half the throughput. Where many flows meet
+# in one link it is longer, so that it holds all their windows and nothing is dropped.
+QUEUE_BYTES = 4 << 20
+_SMALLEST_WINDOW_BYTES = 128 << 10  # of a TCP connection; less slows a single flow at 1 Gbit/s
+_CONNECTIONS_PER_PAIR = 2  # two process groups at once
+CONGESTION_CONTROL = "reno"  # hosts differ in their default, and bbr retransmits behind a bucket
+INTERFACE = "eth0"  # of every node, and of every rank that has its own namespace
+_FIRST_ADDRESS = ipaddress.IPv4Address("10.0.0.1")
+_PREFIX_LENGTH = 16
+_CONGESTION = "/proc/sys/net/ipv4/tcp_congestion_control"  # of the reader's own namespace
+# The kernel reports a new link up to a second late when both ends have the same index, each in its
+# own namespace, since it then does not see that the two are one link.
+_FIRST_INDEX = 1000
+
+
+@dataclass(frozen=True)
+class LinkReport:
+    """What passed one direction of a shaped link."""
+
+    source: str  # vertex of the cluster's topology
+    target: str
+    bytes: int  # on the wire: payload, headers, retransmissions
+    dropped_packets: int
+
+
+@dataclass(frozen=True)
+class NetworkReport:
+    """What an emulated network saw while a job ran on it."""
+
+    links: tuple[LinkReport, ...]
+    congestion_control: str
+    setup_s: float
+
+    @property
+    def dropped_packets(self) -> int:
+        """Packets that found a full queue; any at all spoils a measurement."""
+        return sum(link.dropped_packets for link in self.links)
+
+
+@dataclass(frozen=True)
+class _End:
+    """One end of a link: an interface and, between switches, the bridge that it is a port of."""
+
+    namespace: int
+    interface: str
+    bridge: str | None
+    address: str | None
+    source: str  # this end sends from this vertex of the topology
+    target: str
+    bit_per_s: int | None
+
+
+def window_bytes(spec: ClusterSpec) -> int:
+    """Receive window of each connection: small enough that a full incast fits the queues.
+
+    >>> window_bytes(ClusterSpec.parse("4x2:200mbit"))
+    174762
+    """
+    return max(QUEUE_BYTES // _most_flows(spec), _SMALLEST_WINDOW_BYTES)
+
+
+def _most_flows(spec: ClusterSpec) -> int:
+    """Connections that can meet in one direction of one link."""
+    below = [len(vertex.ranks) for vertex in spec.vertices if vertex.parent is not None]
+    most = max((ranks * (spec.num_ranks - ranks) for ranks in below), default=0)
+    return _CONNECTIONS_PER_PAIR * max(most, spec.num_ranks - 1, 1)
+
+
+def address(index: int) -> str:
+    """Address of a node, or of a rank where ranks have their own, by its number."""
+    return str(_FIRST_ADDRESS + index)
+
+
+def hosts_text(spec: ClusterSpec | None) -> str:
+    """Lines of /etc/hosts that give every address of a cluster a name.
+
+    Without a cluster: this machine's own lines, and a name for its loopback.
+    """
+    if spec is None:
+        own = Path("/etc/hosts")
+        lines = own.read_text(errors="replace").splitlines() if own.exists() else []
+        return "\n".join([*lines, "::ffff:127.0.0.1 localhost"]) + "\n"
+    if spec.intra_bit_per_s is None:
+        names = [f"node{node}" for node in range(spec.num_nodes)]
+    else:
+        first = {ranks[0]: f"node{node} " for node, ranks in enumerate(spec.nodes)}
+        names = [f"{first.get(rank, '')}rank{rank}" for rank in range(spec.num_ranks)]
+    named = [("127.0.0.1", "localhost"), *((address(i), name) for i, name in enumerate(names))]
+    # torch's store listens on IPv6 and looks its IPv4 peers up in that form.
+    lines = [f"{prefix}{own} {name}" for own, name in named for prefix in ("", "::ffff:")]
+    return "\n".join(["::1 localhost", *lines]) + "\n"
+
+
+class Network:
+    """Builds a cluster's network in the namespace of the process, which becomes its fabric."""
+
+    def __init__(self, spec: ClusterSpec) -> None:
+        started = time.perf_counter()
+        self.spec = spec
+        self.fabric = linux.network_namespace()
+        window = window_bytes(spec)
+        _set_up_namespace(window)
+        self.nodes = [_new_namespace(window) for _ in spec.nodes]
+        own = spec.intra_bit_per_s is not None
+        self.ranks = [_new_namespace(window) for _ in range(spec.num_ranks if own else 0)]
+        self.links = [*self._uplinks(), *(self._rank_links() if own else ())]
+        for namespace, bridge in self._bridges():
+            with _inside(namespace) as ip:
+                _add_bridge(ip, bridge)
+        for number, (below, above) in enumerate(self.links):
+            with _inside(above.namespace) as ip:
+                peer = {"ifname": below.interface, "net_ns_fd": below.namespace}
+                index = _FIRST_INDEX + number
+                ip.link("add", kind="veth", ifname=above.interface, peer=peer, index=index)
+        ends = [end for link in self.links for end in link]
+        queue_bytes = max(QUEUE_BYTES, _most_flows(spec) * window)
+        for namespace in (*self.ranks, *self.nodes, self.fabric):
+            with _inside(namespace) as ip:
+                for end in ends:
+                    if end.namespace == namespace:
+                        _set_up_end(ip, end, queue_bytes)
+        self.congestion_control = Path(_CONGESTION).read_text().strip()
+        self.setup_s = time.perf_counter() - started
+
+    def descriptors(self) -> list[int]:
+        """Namespaces of the nodes, then those of the ranks that have their own."""
+        return [*self.nodes, *self.ranks]
+
+    def report(self) -> NetworkReport:
+        """Read the counters of every shaped end."""
+        found = []
+        for end in (end for link in self.links for end in link):
+            if end.bit_per_s is None:
+                continue
+            with _inside(end.namespace) as ip:
+                (qdisc,) = ip.get_qdiscs(index=_index(ip, end.interface))
+                stats = qdisc.get_attr("TCA_STATS")
+            found.append(LinkReport(end.source, end.target, stats["bytes"], stats["drop"]))
+        return NetworkReport(tuple(found), self.congestion_control, self.setup_s)
+
+    def _bridges(self) -> list[tuple[int, str]]:
+        switches = [v.name for v in self.spec.vertices if v.node is None]
+        inside = [(self.nodes[node], f"nic{node}") for node in range(len(self.nodes)) if self.ranks]
+        return [*((self.fabric, name) for name in switches), *inside]
+
+    def _uplinks(self) -> list[tuple[_End, _End]]:
+        links = []
+        for vertex in self.spec.vertices:
+            name, parent, node = vertex.name, vertex.parent, vertex.node
+            if parent is None:
+                continue
+            rate = self.spec.uplink_of(vertex)
+            above = _End(self.fabric, f"{name}.down", parent, None, parent, name, rate)
+            if node is None:
+                below = _End(self.fabric, f"{name}.up", name, None, name, parent, rate)
+            elif self.ranks:
+                below = _End(self.nodes[node], INTERFACE, name, None, name, parent, rate)
+            else:
+                own = address(node)
+                below = _End(self.nodes[node], INTERFACE, None, own, name, parent, rate)
+            links.append((below, above))
+        return links
+
+    def _rank_links(self) -> list[tuple[_End, _End]]:
+        links = []
+        rate = self.spec.intra_bit_per_s
+        for node, ranks in enumerate(self.spec.nodes):
+            for rank in ranks:
+                name, nic, own = f"rank{rank}", f"nic{node}", address(rank)
+                below = _End(self.ranks[rank], INTERFACE, None, own, name, nic, rate)
+                above = _End(self.nodes[node], name, nic, None, nic, name, rate)
+                links.append((below, above))
+        return links
+
+
+# ---- inside a namespace ---------------------------------------------------------------------
+
+
+@contextmanager
+def _inside(namespace: int) -> Iterator[Any]:
+    """A pyroute2 socket in a namespace, to which this thread moves for the time."""
+    from pyroute2 import IPRoute
+
+    before = linux.network_namespace()
+    try:
+        linux.setns(namespace, linux.CLONE_NEWNET)
+        with IPRoute() as ip:
+            yield ip
+    finally:
+        linux.setns(before, linux.CLONE_NEWNET)
+        os.close(before)
+
+
+def _new_namespace(window: int) -> int:
+    before = linux.network_namespace()
+    try:
+        namespace = linux.new_network_namespace()
+        _set_up_namespace(window)
+        return namespace
+    finally:
+        linux.setns(before, linux.CLONE_NEWNET)
+        os.close(before)
+
+
+def _set_up_namespace(window: int) -> None:
+    """Bring loopback up; no IPv6, whose own traffic and addresses would only disturb."""
+    from pyroute2 import IPRoute
+
+    _try_setting("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1")
+    _try_setting("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1")
+    _try_setting(_CONGESTION, CONGESTION_CONTROL)
+    _try_setting("/proc/sys/net/ipv4/tcp_rmem", f"4096 {_SMALLEST_WINDOW_BYTES} {window}")
+    with IPRoute() as ip:
+        ip.link("set", index=1, state="up")
+
+
+def _try_setting(path: str, value: str) -> None:
+    with suppress(OSError):  # read-only in some containers; what holds then is in the report
+        Path(path).write_text(value)
+
+
+def _add_bridge(ip: Any, name: str) -> None:
+    ip.link("add", kind="bridge", ifname=name, br_stp_state=0, br_mcast_snooping=0)
+    ip.link("set", index=_index(ip, name), state="up")
+
+
+def _set_up_end(ip: Any, end: _End, queue_bytes: int) -> None:
+    index = _index(ip, end.interface)
+    if end.bridge is not None:
+        ip.link("set", index=index, master=_index(ip, end.bridge))
+    if end.bit_per_s is not None:
+        rate = end.bit_per_s // 8
+        ip.tc("add", "tbf", index=index, rate=rate, burst=BURST_BYTES, limit=queue_bytes)
+    if end.address is not None:
+        ip.addr("add", index=index, address=end.address, prefixlen=_PREFIX_LENGTH)
+    ip.link("set", index=index, state="up")
+
+
+def _index(ip: Any, interface: str) -> int:
+    return ip.link_lookup(ifname=interface)[0]
