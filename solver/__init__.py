@@ -8,11 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tamoe.solver.cost import exchange_time_s as exchange_time_s
-    from tamoe.solver.cost import link_times_s as link_times_s
+    from tamoe.solver.cost import exchange_time_s as exchange_time_s, link_times_s as link_times_s
     from tamoe.solver.entry import solve as solve
-    from tamoe.solver.plan import Bottleneck as Bottleneck
-    from tamoe.solver.plan import Plan as Plan
+    from tamoe.solver.plan import Bottleneck as Bottleneck, Plan as Plan
     from tamoe.solver.workload import Workload as Workload
 
 _HOME = {
