@@ -1,0 +1,248 @@
+"""TopologyBias: a controller that drives what a gate selects to the rank's row of the Plan."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from tamoe.plan_module import PlanModule, PlanRows, checked_row
+from tamoe.topology.errors import InputError
+
+if TYPE_CHECKING:
+    from tamoe.groups import Group
+
+# The moving average of the shares reaches back far enough to hold this many choices of the expert
+# with the smallest target: log of a count below that is biased (-1/(2n)) and noisy.
+MIN_WINDOW_CHOICES = 16.0
+MAX_SHARE_STEP = 0.5  # a longer memory than two batches makes the loop overshoot
+SPREAD_STEP = 0.1
+MAX_LOG_RATIO = 3.0  # an expert without any choice is worth no more than one at 5 % of its target
+MAX_UNIT_BIAS = 30.0  # in spreads; beyond that selection is all or nothing
+
+
+class TopologyBias(PlanModule):
+    """A bias on the logits, for selection only, that keeps the rank's dispatch at its target.
+
+    Works with one gate shared by all ranks: each rank has its own bias. Combine weights come from
+    the unbiased logits, so that the bias moves tokens and does not scale experts.
+
+    After each batch ``b += gain · σ̂ · log(ĉ/c̄)``, with ĉ the target, c̄ a moving average of the
+    measured counts and σ̂ the running spread of the logits. Since the bias is kept in units of σ̂,
+    it follows a gate whose logits grow, and the number of steps does not depend on their scale.
+    It starts at the log-prior log(ĉ/even) in the same units.
+
+    Parameters
+    ----------
+    plan
+        :class:`tamoe.solver.Plan`.
+    group
+        Expert-parallel group that the plan was solved for, None for the default group. Only asked
+        for this process's rank; nothing is communicated.
+    rank
+        Row of the plan; None asks the group.
+    gain
+        η, in (0, 2). 0.3 settles within 30 steps at 2,048 tokens a rank.
+    fixed
+        True: log(ĉ/even) and nothing else. Exact only for sampled top-1 routing with flat logits;
+        with argmax it misses the target by the spread of the logits. Kept for comparison.
+    device
+        Of the state.
+
+    Raises
+    ------
+    InputError
+        The rank is unknown or out of range, the gain is out of range, or the plan has targets of 0
+        (solve with ``floor`` or ``kl``).
+
+    Notes
+    -----
+    The bias that reaches ĉ minimises the convex ``Φ(b) = E[Σ top-k(z + b)] - <ĉ/S, b>``, whose
+    gradient is inclusion minus ĉ/S; the controller is stochastic descent on it. The spread is the
+    standard deviation of the logits about their mean over experts and over tokens: a constant of a
+    token selects nothing, a constant of an expert is what the bias has to undo.
+
+    Batches too small to judge (fewer than 16 expected choices of the rarest expert) lengthen the
+    moving average and lower the gain in proportion. A batch without tokens changes nothing, one
+    whose logits are not finite leaves the spread as it was; neither waits for the device.
+
+    ``state_dict`` holds unit bias, shares, spread and steps of *this rank* (``tamoe_scope`` is
+    ``"rank"``): a checkpoint must keep them apart by rank.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from tamoe import TopologyBias
+    >>> from tamoe.functional import expert_counts
+    >>> from tamoe.solver import Workload, solve
+    >>> from tamoe.topology import Topology
+    >>> topology = Topology.from_tree("2x4", bandwidth_bytes_per_s=(5e10, 1e10))
+    >>> bias = TopologyBias(solve(topology, Workload(tokens_per_rank=512, top_k=1)), rank=0)
+    >>> logits_TN = torch.randn(512, 8, generator=torch.Generator().manual_seed(0))
+    >>> for _ in range(50):
+    ...     index_TK = (logits_TN + bias(logits_TN)).topk(1).indices
+    ...     bias.update(expert_counts(index_TK, 8))
+    >>> error_N = expert_counts(index_TK, 8) / 512 - torch.from_numpy(bias.share_N)
+    >>> error_N.abs().max().item() < 0.01
+    True
+    """
+
+    unit_bias_N: torch.Tensor
+    moving_share_N: torch.Tensor
+    spread: torch.Tensor
+    steps: torch.Tensor
+    target_share_N: torch.Tensor
+    batch_spread: torch.Tensor
+
+    def __init__(
+        self,
+        plan: PlanRows,
+        *,
+        group: Group = None,
+        rank: int | None = None,
+        gain: float = 0.3,
+        fixed: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if not 0 < gain < 2:
+            raise InputError(f"gain is {gain}; allowed: > 0 and < 2, 0.3 is a good start")
+        super().__init__(plan, group, rank)
+        self.gain, self.fixed = float(gain), fixed
+        self._prior_N = checked_row("log_prior_N", plan.log_prior_N(self.rank), self.num_experts)
+
+        def buffer(name: str, *shape: int, persistent: bool = True) -> None:
+            value = torch.empty(shape, dtype=torch.float32, device=device)
+            self.register_buffer(name, value, persistent=persistent)
+
+        buffer("unit_bias_N", self.num_experts)  # bias over spread
+        buffer("moving_share_N", self.num_experts)  # c̄ over its sum
+        buffer("spread")  # σ̂, 0 before the first update
+        self.register_buffer("steps", torch.empty((), dtype=torch.int64, device=device))
+        buffer("target_share_N", self.num_experts, persistent=False)
+        buffer("batch_spread", persistent=False)  # of the latest batch in training
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Forget what was measured: back to the log-prior."""
+        prior_N = torch.from_numpy(self._prior_N)
+        self.unit_bias_N.copy_(prior_N if self.fixed else prior_N * self._units_per_log())
+        self.target_share_N.copy_(torch.from_numpy(self.share_N))
+        self.moving_share_N.copy_(self.target_share_N)
+        self.spread.fill_(1.0 if self.fixed else 0.0)
+        self.steps.zero_()
+        self.batch_spread.zero_()
+
+    def set_plan(self, plan: PlanRows) -> None:
+        """Follow another Plan of the same ranks and experts from now on.
+
+        What was measured is kept; the bias moves by the change of the log-prior at once and by the
+        controller from there.
+
+        Raises
+        ------
+        InputError
+            The plan has another number of ranks or experts.
+        """
+        self._adopt(plan)
+        prior_N = checked_row("log_prior_N", plan.log_prior_N(self.rank), self.num_experts)
+        units = 1.0 if self.fixed else self._units_per_log()
+        change_N = torch.from_numpy((prior_N - self._prior_N) * units).to(self.unit_bias_N)
+        self._prior_N = prior_N
+        old_N = self.target_share_N.clone()
+        self.target_share_N.copy_(torch.from_numpy(self.share_N))
+        self.unit_bias_N.add_(change_N)
+        # The measured shares follow, or the controller would take the same step a second time.
+        self.moving_share_N.mul_(self.target_share_N / old_N)
+        self.moving_share_N.div_(self.moving_share_N.sum())
+
+    @property
+    def bias_N(self) -> torch.Tensor:
+        """The bias as it stands, ``[N]``; 0 before the first batch of training."""
+        return self.unit_bias_N * self.spread
+
+    @torch.no_grad()
+    def forward(self, logits_TN: torch.Tensor, mask_T: torch.Tensor | None = None) -> torch.Tensor:
+        """The bias to add to the logits for selection.
+
+        In training mode the spread of these logits is noted for the next :meth:`update`; in
+        evaluation mode nothing changes.
+
+        Parameters
+        ----------
+        logits_TN
+            ``[T, N]``, unbiased.
+        mask_T
+            ``[T]``; tokens where it is 0 (padding) are left out of the spread.
+
+        Returns
+        -------
+        torch.Tensor
+            ``[N]`` float32, without gradient.
+        """
+        if logits_TN.ndim != 2 or logits_TN.shape[1] != self.num_experts:
+            raise InputError(
+                f"logits_TN is {tuple(logits_TN.shape)}; allowed: (tokens, {self.num_experts})"
+            )
+        if self.fixed:
+            return self.bias_N
+        batch = _spread(logits_TN, mask_T)
+        if self.training:
+            self.batch_spread.copy_(torch.where(batch > 0, batch, self.batch_spread))
+        return self.unit_bias_N * torch.where(self.spread > 0, self.spread, batch)
+
+    @torch.no_grad()
+    def update(self, counts_N: torch.Tensor) -> None:
+        """One step of the controller.
+
+        The gates of tamoe call it in training mode, once a batch. Call it yourself for a gate of
+        your own, after the forward pass whose choices were counted.
+
+        Parameters
+        ----------
+        counts_N
+            ``[N]``, choices of each expert on this rank in the latest batch, before drops:
+            :func:`tamoe.functional.expert_counts`. Any sum; only shares matter.
+        """
+        if counts_N.shape != (self.num_experts,):
+            raise InputError(f"counts_N is {tuple(counts_N.shape)}; allowed: {self.num_experts}")
+        if self.fixed:
+            return
+        counts_N = counts_N.to(self.moving_share_N)
+        total = counts_N.sum()
+        latest = torch.where(self.batch_spread > 0, self.batch_spread, self.spread)
+        seen = torch.where(self.spread > 0, self.spread, latest)
+        self.spread.copy_(seen + SPREAD_STEP * (latest - seen))
+        expected = total * self.target_share_N.min()
+        step = (expected / MIN_WINDOW_CHOICES).clamp(max=MAX_SHARE_STEP)  # 0 without tokens
+        self.moving_share_N.lerp_(counts_N / total.clamp_min(1), step)
+        ratio_N = self.target_share_N / self.moving_share_N.clamp_min(1e-9)
+        error_N = ratio_N.log().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        self.unit_bias_N.add_(self.gain * (2 * step).clamp(max=1.0) * error_N)
+        self.unit_bias_N.sub_(self.unit_bias_N.mean()).clamp_(-MAX_UNIT_BIAS, MAX_UNIT_BIAS)
+        self.steps.add_((total > 0).long())
+
+    def extra_repr(self) -> str:
+        """Rank, size and gain, for ``print(model)``."""
+        how = "fixed=True" if self.fixed else f"gain={self.gain:g}"
+        return f"{super().extra_repr()}, {how}"
+
+    def _units_per_log(self) -> float:
+        # By this many spreads a bias must rise to multiply a share by e: the tail of a Gaussian
+        # falls by e over σ/√(2 ln N) at the largest of N values.
+        return 1.0 / max(1.0, math.sqrt(2.0 * math.log(self.num_experts)))
+
+
+def _spread(logits_TN: torch.Tensor, mask_T: torch.Tensor | None) -> torch.Tensor:
+    """Standard deviation about the means over tokens and over experts; 0 where it has no value."""
+    keep_T1 = torch.ones_like(logits_TN[:, :1], dtype=torch.float32)
+    if mask_T is not None:
+        keep_T1 = mask_T.unsqueeze(1).bool().float()
+    centred_TN = torch.where(keep_T1 > 0, logits_TN.float(), 0.0)
+    centred_TN = centred_TN - centred_TN.mean(1, keepdim=True)
+    tokens = keep_T1.sum()
+    centred_TN = (centred_TN - centred_TN.sum(0) / tokens) * keep_T1
+    degrees = (tokens - 1) * (logits_TN.shape[1] - 1)
+    spread = (centred_TN.square().sum() / degrees).sqrt()
+    # Equal logits have a spread of 0 and still need a bias that breaks their ties.
+    return torch.where((degrees > 0) & spread.isfinite(), spread.clamp_min(1e-6), 0.0)

@@ -1,0 +1,90 @@
+"""Process groups: one way to name the ranks of an expert-parallel group."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from tamoe.topology.errors import InputError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+    Group = ProcessGroup | DeviceMesh | None
+
+
+def is_distributed() -> bool:
+    """Whether torch.distributed has a default process group.
+
+    >>> is_distributed()
+    False
+    """
+    return dist.is_available() and dist.is_initialized()
+
+
+def process_group(group: Group = None) -> ProcessGroup | None:
+    """The process group behind ``group``.
+
+    Parameters
+    ----------
+    group
+        A ProcessGroup, a 1-D DeviceMesh, or None for the default group.
+
+    Returns
+    -------
+    ProcessGroup or None
+        None where torch.distributed is not initialised: one rank, number 0.
+
+    Raises
+    ------
+    InputError
+        A mesh has more than one axis, the argument is something else, or this process is not in
+        the group.
+
+    Examples
+    --------
+    >>> process_group() is None
+    True
+    """
+    if group is None:
+        return dist.group.WORLD if is_distributed() else None
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise InputError(
+                f"group is a DeviceMesh of {group.ndim} axes {group.mesh_dim_names}; allowed: one "
+                f"axis, for example mesh['ep']"
+            )
+        group = group.get_group()
+    given: object = group
+    if not isinstance(given, dist.ProcessGroup):
+        # torch hands a non-member this placeholder instead of a group.
+        if given == dist.GroupMember.NON_GROUP_MEMBER:
+            raise InputError("group: this process is not a member; pass a group that contains it")
+        raise InputError(
+            f"group is {type(given).__name__}; allowed: ProcessGroup, 1-D DeviceMesh or None"
+        )
+    return given
+
+
+def group_rank(group: Group = None) -> int:
+    """This process's rank in the group; 0 where torch.distributed is not initialised.
+
+    >>> group_rank()
+    0
+    """
+    resolved = process_group(group)
+    return 0 if resolved is None else dist.get_rank(resolved)
+
+
+def group_size(group: Group = None) -> int:
+    """Number of ranks of the group; 1 where torch.distributed is not initialised.
+
+    >>> group_size()
+    1
+    """
+    resolved = process_group(group)
+    return 1 if resolved is None else dist.get_world_size(resolved)

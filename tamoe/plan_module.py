@@ -1,0 +1,155 @@
+"""What the loss, the bias and the capacity share: one rank's row of a Plan, as a module."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from tamoe.groups import group_rank, group_size, is_distributed
+from tamoe.topology.errors import InputError
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from tamoe.groups import Group
+    from tamoe.scope import Scope
+
+
+class PlanRows(Protocol):
+    """What steering needs of a Plan: one row a rank. :class:`tamoe.solver.Plan` has them."""
+
+    @property
+    def num_ranks(self) -> int:
+        """P."""
+        ...
+
+    @property
+    def num_experts(self) -> int:
+        """N."""
+        ...
+
+    def target_N(self, rank: int) -> np.ndarray:
+        """Tokens that the rank should send to each expert, ``[N]``."""
+        ...
+
+    def penalty_N(self, rank: int, norm: Any = "sum") -> np.ndarray:
+        """Weights of the topology loss, ``[N]``, mean 1."""
+        ...
+
+    def log_prior_N(self, rank: int) -> np.ndarray:
+        """log(target/even), ``[N]``."""
+        ...
+
+
+def resolve_rank(plan: PlanRows, group: Group = None, rank: int | None = None) -> int:
+    """The row of a Plan that belongs to this process.
+
+    Parameters
+    ----------
+    plan
+        Numbers its ranks as the group does.
+    group
+        Asked where ``rank`` is None; must be as large as the plan.
+    rank
+        0 to ``plan.num_ranks`` - 1, or None to ask the group.
+
+    Returns
+    -------
+    int
+
+    Raises
+    ------
+    InputError
+        The rank is out of range, or None without a group; or group and plan differ in size.
+    """
+    if rank is None:
+        if group is None and not is_distributed():
+            raise InputError(
+                f"rank is None and torch.distributed is not initialised; give rank, 0 to "
+                f"{plan.num_ranks - 1}, or call init_process_group first"
+            )
+        if group_size(group) != plan.num_ranks:
+            raise InputError(
+                f"group has {group_size(group)} ranks and the plan {plan.num_ranks}; allowed: "
+                f"the group of all ranks of the plan; or give rank"
+            )
+        rank = group_rank(group)
+    if not 0 <= rank < plan.num_ranks:
+        raise InputError(f"rank is {rank}; allowed: 0 to {plan.num_ranks - 1}")
+    return rank
+
+
+def checked_row(name: str, values_N: np.ndarray, num_experts: int) -> np.ndarray:
+    """A row as float64: ``num_experts`` finite numbers."""
+    row_N = np.asarray(values_N, dtype=np.float64)
+    if row_N.shape != (num_experts,) or not np.isfinite(row_N).all():
+        raise InputError(
+            f"plan: {name} has shape {row_N.shape} and "
+            f"{int((~np.isfinite(row_N)).sum())} values that are not finite; allowed: "
+            f"{num_experts} finite numbers"
+        )
+    return row_N
+
+
+class PlanModule(nn.Module, ABC):
+    """A module made of one rank's row of a Plan.
+
+    Its buffers stay float32 when a model is cast to a narrower type: bfloat16 keeps three digits,
+    a target needs more. They differ by rank (``tamoe_scope``), so nothing may broadcast or average
+    them: give DistributedDataParallel ``broadcast_buffers=False``.
+    """
+
+    tamoe_scope: Scope = "rank"
+
+    def __init__(self, plan: PlanRows, group: Group, rank: int | None) -> None:
+        super().__init__()
+        self.rank = resolve_rank(plan, group, rank)
+        self.num_ranks = plan.num_ranks
+        self.num_experts = plan.num_experts
+        self.share_N = self._share(plan)
+
+    @abstractmethod
+    def set_plan(self, plan: PlanRows) -> None:
+        """Follow another Plan of the same ranks and experts from now on."""
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Fill the buffers anew, for example after ``to_empty`` of a model made on ``meta``."""
+
+    @property
+    def is_even(self) -> bool:
+        """Whether the rank's target is even, so that there is nothing to steer."""
+        return bool(np.allclose(self.share_N * self.num_experts, 1.0, rtol=1e-3))
+
+    def _adopt(self, plan: PlanRows) -> None:
+        if (plan.num_ranks, plan.num_experts) != (self.num_ranks, self.num_experts):
+            raise InputError(
+                f"plan has {plan.num_ranks} ranks and {plan.num_experts} experts; allowed: "
+                f"{self.num_ranks} ranks and {self.num_experts} experts, as before"
+            )
+        self.share_N = self._share(plan)
+
+    def _share(self, plan: PlanRows) -> np.ndarray:
+        target_N = checked_row("target_N", plan.target_N(self.rank), plan.num_experts)
+        if (target_N < 0).any() or not target_N.sum() > 0:
+            raise InputError("plan: target_N has negative numbers or sums to 0; allowed: >= 0")
+        return target_N / target_N.sum()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                source = new if old.is_meta else old
+                self._buffers[name] = source.to(device=new.device, dtype=old.dtype)
+        return self
+
+    def extra_repr(self) -> str:
+        """Rank and size, for ``print(model)``."""
+        return f"rank={self.rank}, num_ranks={self.num_ranks}, num_experts={self.num_experts}"
