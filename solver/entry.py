@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ from tamoe.topology.graph import Topology
 Method = Literal["exact", "entropic", "closed_form"]
 METHODS: tuple[Method, ...] = ("exact", "entropic", "closed_form")
 EXCHANGES = ("auto", "flat")
+MAX_KL = 1e9  # beyond, rounding drowns the time
 LOCAL = 0.99  # kept on its rank: from here on the target is "keep everything local"
 
 
@@ -82,20 +84,8 @@ def solve(
     _check(topology, workload, method, floor, kl, self_send, exchange)
     problem = make_problem(topology, workload, float(floor), self_send)
     optimum = least_time(problem)
-    rank_price_GI, column_price_GJ = optimum.rank_price_GI, optimum.column_price_GJ
-    price_R, objective_gap, notes = optimum.price_R, 0.0, _latency_notes(problem, optimum)
-    if method == "entropic":
-        scale_s = max(optimum.time_s, 1e-6 * problem.even_time_s)
-        entropic = entropic_target(problem, float(kl), scale_s)
-        x_GIJ, price_R, objective_gap = entropic.x_GIJ, entropic.price_R, entropic.gap
-        rank_price_GI, column_price_GJ = entropic.rank_price_GI, entropic.column_price_GJ
-    elif method == "closed_form":
-        x_GIJ, num_capped = closed_form_target(problem)
-        notes += _closed_form_notes(problem, x_GIJ, num_capped)
-    else:
-        _refuse_all_local(problem, optimum.x_GIJ, kl)
-        x_GIJ = even_most(problem, time_limit_s(problem, optimum))
-    _refuse_all_local(problem, x_GIJ, kl)
+    answer = _answer(problem, optimum, method, float(kl))
+    _refuse_all_local(problem, answer.x_GIJ, kl)
     num_links = problem.cost.num_links
     return Plan(
         topology=topology,
@@ -104,20 +94,49 @@ def solve(
         floor=float(floor),
         kl=float(kl),
         self_send=self_send,
-        target_PN=problem.target_PN(x_GIJ),
-        time_s=problem.time_s(x_GIJ),
+        target_PN=problem.target_PN(answer.x_GIJ),
+        time_s=problem.time_s(answer.x_GIJ),
         even_time_s=problem.even_time_s,
         lower_bound_s=optimum.lower_bound_s,
-        link_prices=price_R[:num_links],
+        link_prices=answer.price_R[:num_links],
         pair_prices=tuple(
             (i, j, float(price))
-            for (i, j), price in zip(problem.cost.pairs, price_R[num_links:], strict=True)
+            for (i, j), price in zip(problem.cost.pairs, answer.price_R[num_links:], strict=True)
         ),
-        rank_price_P=problem.per_rank_P(rank_price_GI),
-        expert_price_GN=problem.per_expert_GN(column_price_GJ),
-        objective_gap=objective_gap,
-        notes=notes,
+        rank_price_P=problem.per_rank_P(answer.rank_price_GI),
+        expert_price_GN=problem.per_expert_GN(answer.column_price_GJ),
+        objective_gap=answer.objective_gap,
+        notes=_latency_notes(problem, optimum) + answer.notes,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Answer:
+    """What a method found: its target and prices."""
+
+    x_GIJ: np.ndarray
+    price_R: np.ndarray
+    rank_price_GI: np.ndarray
+    column_price_GJ: np.ndarray
+    objective_gap: float = 0.0
+    notes: tuple[str, ...] = ()
+
+
+def _answer(problem: Problem, optimum: Optimum, method: Method, kl: float) -> _Answer:
+    if method == "entropic":
+        scale_s = max(optimum.time_s, 1e-6 * problem.even_time_s)
+        found = entropic_target(problem, kl, scale_s)
+        return _Answer(
+            found.x_GIJ, found.price_R, found.rank_price_GI, found.column_price_GJ, found.gap
+        )
+    notes: tuple[str, ...] = ()
+    if method == "closed_form":
+        x_GIJ, num_capped = closed_form_target(problem)
+        notes = _closed_form_notes(x_GIJ, num_capped)
+    else:
+        x_GIJ = even_most(problem, time_limit_s(problem, optimum))
+    prices = optimum.price_R, optimum.rank_price_GI, optimum.column_price_GJ
+    return _Answer(x_GIJ, *prices, notes=notes)
 
 
 def _check(
@@ -138,8 +157,8 @@ def _check(
         raise InputError(f"exchange is {exchange!r}; allowed: {', '.join(EXCHANGES)}")
     if not _is_number(floor) or not 0 <= floor <= 1:
         raise InputError(f"floor is {floor!r}; allowed: 0 to 1, a fraction of even dispatch")
-    if not _is_number(kl) or kl < 0:
-        raise InputError(f"kl is {kl!r}; allowed: a finite number >= 0")
+    if not _is_number(kl) or not 0 <= kl <= MAX_KL:
+        raise InputError(f"kl is {kl!r}; allowed: 0 to {MAX_KL:g}, where the target is even")
     if method == "entropic" and kl == 0:
         raise InputError("kl is 0 with method 'entropic'; allowed: > 0, or method 'exact'")
     if method != "entropic" and kl > 0:
@@ -155,16 +174,20 @@ def _is_number(value: object) -> bool:
 
 
 def _refuse_all_local(problem: Problem, x_GIJ: np.ndarray, kl: float) -> None:
-    routes = (problem.topology.route(rank, rank) for rank in range(problem.topology.num_ranks))
-    priced_as_inside = problem.self_send == "intra" and all(routes)
-    if priced_as_inside or problem.floor > 0 or kl > 0 or not problem.has_choice:
+    if problem.floor > 0 or kl > 0 or not problem.has_choice:
         return
+    topology, price = problem.topology, f"self_send is {problem.self_send!r}"
+    if problem.self_send == "intra":
+        unpriced = [rank for rank in range(topology.num_ranks) if not topology.route(rank, rank)]
+        if not unpriced:
+            return
+        price += f" and rank {unpriced[0]} has no link that a message to itself would take,"
     kept = problem.kept_share(x_GIJ)
     if kept >= LOCAL and problem.time_s(x_GIJ) < problem.even_time_s:
         raise InfeasibleError(
-            f"self_send is {problem.self_send!r} with floor 0 and kl 0: the best dispatch keeps "
-            f"{kept:.2%} of the tokens on their rank, and experts would only see their own rank's "
-            f"data. Give floor > 0, or method 'entropic' with kl > 0"
+            f"{price} with floor 0 and kl 0: the best dispatch keeps {kept:.2%} of the tokens on "
+            f"their rank, and experts would only see their own rank's data. Give floor > 0, or "
+            f"method 'entropic' with kl > 0"
         )
 
 
@@ -182,7 +205,7 @@ def _latency_notes(problem: Problem, optimum: Optimum) -> tuple[str, ...]:
     return ()
 
 
-def _closed_form_notes(problem: Problem, x_GIJ: np.ndarray, num_capped: int) -> tuple[str, ...]:
+def _closed_form_notes(x_GIJ: np.ndarray, num_capped: int) -> tuple[str, ...]:
     notes = []
     error = float(abs(x_GIJ.mean(axis=1) - 1).max())
     if error > 1e-9:

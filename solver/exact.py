@@ -18,6 +18,7 @@ from tamoe.topology.errors import TamoeError
 
 SLACK = 0.999e-6  # second stage: time given up to be unique, a hair under 1e-6 for rounding
 LP_GAP = 1e-8  # the linear program is solved again, better scaled, where its gap is larger
+GOOD_GAP = SLACK / 10  # and by the other method where it is larger than this
 LARGE = 6_000  # unknowns and rows from which the interior-point method beats the simplex method
 NOTHING = 1e-9  # of even's time: a time that counts as 0
 
@@ -45,8 +46,8 @@ def least_time(problem: Problem) -> Optimum:
     scale_s = problem.even_time_s
     size = problem.even_GIJ.size + len(used_rows(problem))
     first, second = (_interior, _simplex) if size > LARGE else (_simplex, _interior)
-    for solver in (first, first, second):
-        done = best.gap <= LP_GAP or best.time_s <= NOTHING * problem.even_time_s
+    for solver, good_gap in ((first, LP_GAP), (first, LP_GAP), (second, GOOD_GAP)):
+        done = best.gap <= good_gap or best.time_s <= NOTHING * problem.even_time_s
         if done or not problem.has_choice:
             break
         best = _better(best, solver(problem, scale_s))
@@ -142,7 +143,7 @@ def time_program(problem: Problem, scale_s: float, weight_n: np.ndarray, **chang
 
 def time_limit_s(problem: Problem, optimum: Optimum) -> float:
     """By when the second stage has to end: the least time and a millionth."""
-    proven = optimum.gap <= SLACK / 10
+    proven = optimum.gap <= GOOD_GAP
     least_s = optimum.lower_bound_s if proven else optimum.time_s
     return max(least_s * (1 + SLACK), NOTHING * problem.even_time_s)
 

@@ -12,13 +12,13 @@ border for τ, which keeps pairwise contention (a row for every pair) as cheap a
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 MAX_STEPS = 150
-GOAL = 1e-13  # of residuals and complementarity; a stalled run stops earlier
+GOAL = 1e-13  # of residuals and duality gap; a stalled run stops earlier
 NEARLY = 1e-8  # where rounding may be what stalls it
 SHORT = 0.7  # a step from which less than this share could be taken is doubted
 DENSE_ENTRIES = 300_000  # below, a dense matrix is faster than a sparse one
@@ -48,7 +48,7 @@ class Solution:
     time: float
     equality_multipliers: np.ndarray
     price_R: np.ndarray
-    error: float  # largest residual or mean complementarity
+    error: float  # the largest of the residuals and the duality gap
 
 
 @dataclass(eq=False)
@@ -67,31 +67,26 @@ class _State:
         return _State(*(getattr(self, f) + by * getattr(step, f) for f in _FIELDS))
 
 
+_Products = tuple[np.ndarray, np.ndarray, np.ndarray]
 _FIELDS = ("x", "time", "lam", "slack", "price", "low", "high")
 
 
-@dataclass(eq=False)
 class _Rows:
     """The rows of a program, split into those with one entry and those with several."""
 
-    program: Program
-    several: np.ndarray = field(init=False)
-    one: np.ndarray = field(init=False)
-    one_variable: np.ndarray = field(init=False)
-    one_value: np.ndarray = field(init=False)
-    matrix: Any = field(init=False)  # equalities, then rows with several entries
-
-    def __post_init__(self) -> None:
+    def __init__(self, program: Program) -> None:
         from scipy import sparse
 
-        rows = self.program.rows.tocsr()
+        rows = program.rows.tocsr()
         entries = np.diff(rows.indptr)
+        self.num_unknowns = len(program.weight_n)
         self.several = np.flatnonzero(entries > 1)
         self.one = np.flatnonzero(entries == 1)
         self.one_variable = rows.indices[rows.indptr[self.one]]
         self.one_value = rows.data[rows.indptr[self.one]]
-        self.matrix = sparse.csr_array(
-            sparse.vstack([self.program.equalities, rows[self.several]]), dtype=np.float64
+        # Equalities, then rows with several entries.
+        self.matrix: Any = sparse.csr_array(
+            sparse.vstack([program.equalities, rows[self.several]]), dtype=np.float64
         )
         if self.matrix.shape[0] * self.matrix.shape[1] <= DENSE_ENTRIES:
             self.matrix = self.matrix.toarray()
@@ -106,7 +101,7 @@ class _Rows:
 
     def scatter(self, values: np.ndarray) -> np.ndarray:
         """Sums over the rows with one entry, by variable."""
-        return np.bincount(self.one_variable, values, minlength=len(self.program.weight_n))
+        return np.bincount(self.one_variable, values, minlength=self.num_unknowns)
 
 
 def minimise(program: Program) -> Solution:
@@ -148,9 +143,8 @@ def _start(program: Program) -> _State:
     else:
         time = program.fixed_time
         slack = np.maximum(time - loads, 0.1)
-    scale = (
-        float(program.weight_n.mean()) + (program.fixed_time is None) * program.time_weight / num
-    )
+    free_weight = program.time_weight if program.fixed_time is None else 0.0
+    scale = float(program.weight_n.mean()) + free_weight / num
     price = np.full(len(slack), 1 / max(len(slack), 1))
     equalities = np.zeros(len(program.equal_to))
     return _State(x, time, equalities, slack, price, np.full(num, scale), np.full(num, scale))
@@ -200,32 +194,41 @@ def _loss(program: Program, x: np.ndarray, gradient: np.ndarray) -> np.ndarray:
 
 
 def _next(program: Program, rows: _Rows, at: _State, residual: _Residual) -> _State:
-    solve = _newton_system(program, rows, at)
-    below, above = at.x - program.floor, program.cap - at.x
+    newton = _Newton(program, rows, at)
     count = len(at.slack) + 2 * len(at.x)
-    gap = (at.slack @ at.price + below @ at.low + above @ at.high) / count
-    products = (at.slack * at.price, below * at.low, above * at.high)
-    guess = solve(residual, products)
+    products = _products(program, at)
+    gap = _total(products) / count
+    guess = newton.step(residual, products)
     far = at.moved(guess, _step_length(program, at, guess))
-    far_gap = (
-        far.slack @ far.price + (far.x - program.floor) @ far.low + (program.cap - far.x) @ far.high
-    ) / count
-    target = gap * min(1.0, (far_gap / gap) ** 3)
-    corrected = (
-        products[0] + guess.slack * guess.price - target,
-        products[1] + guess.x * guess.low - target,
-        products[2] - guess.x * guess.high - target,
+    target = gap * min(1.0, (_total(_products(program, far)) / count / gap) ** 3)
+    step = newton.step(
+        residual,
+        (
+            products[0] + guess.slack * guess.price - target,
+            products[1] + guess.x * guess.low - target,
+            products[2] - guess.x * guess.high - target,
+        ),
     )
-    step = solve(residual, corrected)
     length = _step_length(program, at, step, limit=2.0)
     if length < SHORT:
         # The corrector can run in circles; a plain step towards the centre gets out of them.
-        centred = (products[0] - gap / 2, products[1] - gap / 2, products[2] - gap / 2)
-        plain = solve(residual, centred)
+        rest = gap / 2
+        centred = products[0] - rest, products[1] - rest, products[2] - rest
+        plain = newton.step(residual, centred)
         plain_length = _step_length(program, at, plain, limit=2.0)
         if plain_length > length:
             step, length = plain, plain_length
     return at.moved(step, min(1.0, 0.995 * length))
+
+
+def _products(program: Program, at: _State) -> _Products:
+    """Slack times multiplier, of the rows and of both bounds."""
+    below, above = at.x - program.floor, program.cap - at.x
+    return at.slack * at.price, below * at.low, above * at.high
+
+
+def _total(products: _Products) -> float:
+    return float(sum(part.sum() for part in products))
 
 
 def _step_length(program: Program, at: _State, step: _State, limit: float = 1.0) -> float:
@@ -244,62 +247,69 @@ def _step_length(program: Program, at: _State, step: _State, limit: float = 1.0)
     return longest
 
 
-def _newton_system(program: Program, rows: _Rows, at: _State) -> Any:
-    """A function from residuals and complementarity products to the Newton step."""
-    from scipy import linalg
+class _Newton:
+    """The linear system of one iterate: bounds, rows with one entry and x are eliminated."""
 
-    free = program.fixed_time is None
-    below, above = at.x - program.floor, program.cap - at.x
-    stiff = at.price / at.slack
-    pull = rows.one_value * stiff[rows.one]
-    hessian = program.weight_n / at.x + at.low / below + at.high / above
-    hessian = hessian + rows.scatter(pull * rows.one_value)
-    border = rows.scatter(pull)
-    inverse = 1 / hessian
-    num_equal, num_several = len(program.equal_to), len(rows.several)
-    size = num_equal + num_several
-    system = np.zeros((size + free, size + free))
-    system[:size, :size] = rows.weighted_gram(inverse)
-    middle = np.arange(num_equal, size)
-    system[middle, middle] += 1 / stiff[rows.several]
-    if free:
-        mixed = -(rows.matrix @ (inverse * border))
-        mixed[num_equal:] += 1
-        system[:size, size] = system[size, :size] = mixed
-        system[size, size] = border @ (inverse * border) - stiff[rows.one].sum() - stiff[-1]
-    scale = 1 / np.sqrt(abs(system.diagonal()))
-    factors = linalg.lu_factor(system * scale * scale[:, None], check_finite=True)
+    def __init__(self, program: Program, rows: _Rows, at: _State) -> None:
+        from scipy import linalg
 
-    def solve(residual: _Residual, products: tuple[np.ndarray, np.ndarray, np.ndarray]) -> _State:
-        # Eliminate bounds and rows with one entry, then x, then solve for the multipliers.
-        row_shift = residual.rows - products[0] / at.price
-        right_x = -residual.x - products[1] / below + products[2] / above
-        right_x = right_x - rows.scatter(pull * row_shift[rows.one])
-        right = rows.matrix @ (inverse * right_x)
-        right[:num_equal] += residual.equal
-        right[num_equal:] += row_shift[rows.several]
-        if free:
-            shifted = stiff[rows.one] @ row_shift[rows.one] + stiff[-1] * row_shift[-1]
-            right = np.append(right, residual.time - shifted - border @ (inverse * right_x))
+        self.program, self.rows, self.at = program, rows, at
+        self.free = program.fixed_time is None
+        self.below, self.above = at.x - program.floor, program.cap - at.x
+        self.stiff = at.price / at.slack
+        self.pull = rows.one_value * self.stiff[rows.one]
+        hessian = program.weight_n / at.x + at.low / self.below + at.high / self.above
+        self.inverse = 1 / (hessian + rows.scatter(self.pull * rows.one_value))
+        self.border = rows.scatter(self.pull)
+        self.system = self._system()
+        self.scale = 1 / np.sqrt(abs(self.system.diagonal()))
+        self.factors = linalg.lu_factor(self.system * self.scale * self.scale[:, None])
+
+    def _system(self) -> np.ndarray:
+        rows, num_equal = self.rows, len(self.program.equal_to)
+        size = num_equal + len(rows.several)
+        system = np.zeros((size + self.free, size + self.free))
+        system[:size, :size] = rows.weighted_gram(self.inverse)
+        middle = np.arange(num_equal, size)
+        system[middle, middle] += 1 / self.stiff[rows.several]
+        if self.free:
+            mixed = -(rows.matrix @ (self.inverse * self.border))
+            mixed[num_equal:] += 1
+            system[:size, size] = system[size, :size] = mixed
+            stiff = self.stiff[rows.one].sum() + self.stiff[-1]
+            system[size, size] = self.border @ (self.inverse * self.border) - stiff
+        return system
+
+    def _solve(self, right: np.ndarray) -> np.ndarray:
+        from scipy import linalg
+
         unknown = np.zeros(len(right))
         for _ in range(3):  # refined, as the system is ill-conditioned near the optimum
-            left = scale * (right - system @ unknown)
-            unknown += scale * linalg.lu_solve(factors, left, check_finite=False)
-        multipliers = unknown[:size]
-        change_time = float(unknown[size]) if free else 0.0
-        change_x = inverse * (right_x - rows.matrix.T @ multipliers + border * change_time)
-        change_rows = program.rows @ change_x - change_time
-        change_slack = -residual.rows
-        change_slack = change_slack - (
-            np.append(change_rows, -change_time) if free else change_rows
-        )
-        change_price = -(products[0] + at.price * change_slack) / at.slack
-        change_price[rows.several] = multipliers[num_equal:]
-        change_low = -(products[1] + at.low * change_x) / below
-        change_high = -(products[2] - at.high * change_x) / above
-        equal = multipliers[:num_equal]
-        return _State(
-            change_x, change_time, equal, change_slack, change_price, change_low, change_high
-        )
+            left = self.scale * (right - self.system @ unknown)
+            unknown += self.scale * linalg.lu_solve(self.factors, left, check_finite=False)
+        return unknown
 
-    return solve
+    def step(self, residual: _Residual, products: _Products) -> _State:
+        """The step that removes the residuals and, to first order, the products."""
+        at, rows, num_equal = self.at, self.rows, len(self.program.equal_to)
+        shift = residual.rows - products[0] / at.price
+        right_x = -residual.x - products[1] / self.below + products[2] / self.above
+        right_x = right_x - rows.scatter(self.pull * shift[rows.one])
+        right = rows.matrix @ (self.inverse * right_x)
+        right[:num_equal] += residual.equal
+        right[num_equal:] += shift[rows.several]
+        if self.free:
+            shifted = self.stiff[rows.one] @ shift[rows.one] + self.stiff[-1] * shift[-1]
+            last = residual.time - shifted - self.border @ (self.inverse * right_x)
+            right = np.append(right, last)
+        unknown = self._solve(right)
+        time = float(unknown[-1]) if self.free else 0.0
+        multipliers = unknown[: rows.matrix.shape[0]]
+        x = self.inverse * (right_x - rows.matrix.T @ multipliers + self.border * time)
+        loads = self.program.rows @ x - time
+        slack = -residual.rows - (np.append(loads, -time) if self.free else loads)
+        price = -(products[0] + at.price * slack) / at.slack
+        price[rows.several] = multipliers[num_equal:]
+        low = -(products[1] + at.low * x) / self.below
+        high = -(products[2] - at.high * x) / self.above
+        return _State(x, time, multipliers[:num_equal], slack, price, low, high)

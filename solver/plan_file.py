@@ -65,8 +65,8 @@ def plan_from_document(document: Mapping[str, Any], where: str) -> Plan:
         A field is missing, of the wrong type, shape or range.
     """
     topology = topology_from_document(field(document, "topology", where), f"{where}: topology")
-    workload = _workload(field(document, "workload", where), f"{where}: workload")
     num = topology.num_ranks
+    workload = _workload(field(document, "workload", where), num, f"{where}: workload")
     num_experts = workload.num_experts(num)
     num_groups = len(workload.groups(num))
     target_PN = _array(document, "target_tokens", (num, num_experts), where, minimum=0.0)
@@ -78,7 +78,7 @@ def plan_from_document(document: Mapping[str, Any], where: str) -> Plan:
         topology=topology,
         workload=workload,
         method=_text(document, "method", where),
-        floor=number(document, "floor", where),
+        floor=_floor(document, where),
         kl=number(document, "kl", where),
         self_send=self_send,
         target_PN=target_PN,
@@ -115,12 +115,21 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     return plan_from_document(read_document(path, SCHEMA, SCHEMA_VERSION), str(path))
 
 
-def _workload(document: Any, where: str) -> Workload:
+def _workload(document: Any, num_ranks: int, where: str) -> Workload:
     values = {spec.name: field(document, spec.name, where) for spec in dataclasses.fields(Workload)}
     try:
-        return Workload(**values)
+        workload = Workload(**values)
+        workload.expert_position_N(num_ranks)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
+    return workload
+
+
+def _floor(document: Mapping[str, Any], where: str) -> float:
+    floor = number(document, "floor", where)
+    if floor > 1:
+        raise InputError(f"{where}: floor is {floor}; allowed: 0 to 1")
+    return floor
 
 
 def _check_rows(target_PN: np.ndarray, workload: Workload, where: str) -> None:
@@ -143,9 +152,11 @@ def _array(
 ) -> np.ndarray:
     values = field(document, key, where)
     try:
-        array = np.array(values, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise InputError(f"{where}: {key} is not an array of numbers of shape {shape}") from None
+        array = np.array(values)
+    except ValueError:  # rows of different length
+        array = np.array(None)
+    if array.dtype.kind not in "iuf":
+        raise InputError(f"{where}: {key} is not an array of numbers of shape {shape}")
     if array.shape != shape:
         raise InputError(f"{where}: {key} has shape {array.shape}; allowed: {shape}")
     good = np.isfinite(array) & (array >= (-np.inf if minimum is None else minimum))
@@ -154,7 +165,7 @@ def _array(
         allowed = "finite" if minimum is None else f"finite and >= {minimum:g}"
         place = "".join(f"[{index}]" for index in at)
         raise InputError(f"{where}: {key}{place} is {array[at]}; allowed: {allowed}")
-    return array
+    return array.astype(np.float64)
 
 
 def _pair_prices(

@@ -10,14 +10,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tamoe.bias import TopologyBias as TopologyBias
+    from tamoe.capacity import TopologyCapacity as TopologyCapacity
+    from tamoe.checkpoint import (
+        load_checkpoint as load_checkpoint,
+        save_checkpoint as save_checkpoint,
+    )
     from tamoe.exchange import Exchange as Exchange
     from tamoe.gates import (
         GShardGate as GShardGate,
         NaiveGate as NaiveGate,
         SwitchGate as SwitchGate,
+        steering as steering,
     )
     from tamoe.loss import TopologyLoss as TopologyLoss
     from tamoe.moe import MoE as MoE, MoEOutput as MoEOutput
+    from tamoe.parallel import (
+        DenseGradients as DenseGradients,
+        broadcast_dense as broadcast_dense,
+        clip_grad_norm as clip_grad_norm,
+    )
+    from tamoe.record import record_exchanges as record_exchanges
     from tamoe.routing import Routing as Routing
     from tamoe.topology.errors import (
         EmulationError as EmulationError,
@@ -33,6 +45,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "DenseGradients": "parallel",
     "EmulationError": "topology.errors",
     "Exchange": "exchange",
     "GShardGate": "gates",
@@ -49,7 +62,14 @@ _HOME = {
     "SwitchGate": "gates",
     "TamoeError": "topology.errors",
     "TopologyBias": "bias",
+    "TopologyCapacity": "capacity",
     "TopologyLoss": "loss",
+    "broadcast_dense": "parallel",
+    "clip_grad_norm": "parallel",
+    "load_checkpoint": "checkpoint",
+    "record_exchanges": "record",
+    "save_checkpoint": "checkpoint",
+    "steering": "gates",
 }
 _MODULES = ("functional", "solver", "topology")
 __all__ = sorted(_HOME)

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from tamoe.solver.plan import Plan
     from tamoe.topology.doctor import Check
-    from tamoe.topology.graph import Link, Topology
+    from tamoe.topology.graph import Topology
+    from tamoe.topology.link import Link
 
 MAX_ROWS = 40  # more links than this are told by level
 

@@ -8,10 +8,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tamoe.topology.probing import probe as probe
-    from tamoe.topology.ranks import run_ranks as run_ranks
-    from tamoe.topology.spec import ClusterSpec as ClusterSpec
-
     from tamoe.topology.errors import (
         EmulationError as EmulationError,
         InfeasibleError as InfeasibleError,
@@ -22,16 +18,20 @@ if TYPE_CHECKING:
         RankTimeoutError as RankTimeoutError,
         TamoeError as TamoeError,
     )
-    from tamoe.topology.graph import Link as Link, Pair as Pair, Topology as Topology
+    from tamoe.topology.graph import Topology as Topology
+    from tamoe.topology.link import Link as Link, Pair as Pair
+    from tamoe.topology.probing import probe as probe
+    from tamoe.topology.ranks import run_ranks as run_ranks
+    from tamoe.topology.spec import ClusterSpec as ClusterSpec
 
 _HOME = {
     "ClusterSpec": "spec",
     "EmulationError": "errors",
     "InfeasibleError": "errors",
     "InputError": "errors",
-    "Link": "graph",
+    "Link": "link",
     "MissingDependencyError": "errors",
-    "Pair": "graph",
+    "Pair": "link",
     "ProbeError": "errors",
     "RankError": "errors",
     "RankTimeoutError": "errors",

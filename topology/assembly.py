@@ -12,8 +12,9 @@ import networkx as nx
 
 from tamoe.topology.build import add_link
 from tamoe.topology.fit import PairFit, median
-from tamoe.topology.graph import Link, Origin, Pair, Topology
+from tamoe.topology.graph import Topology
 from tamoe.topology.hierarchy import Group, members_of
+from tamoe.topology.link import Link, Origin, Pair
 from tamoe.topology.survey import Survey, burst_bytes, capacity
 
 UNKNOWN_BYTES_PER_S = 1.25e9  # 10 Gbit/s, stands where nothing is known

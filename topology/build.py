@@ -9,7 +9,8 @@ import networkx as nx
 import numpy as np
 
 from tamoe.topology.errors import InputError
-from tamoe.topology.graph import Contention, Link, Topology
+from tamoe.topology.graph import Contention, Topology
+from tamoe.topology.link import Link
 from tamoe.topology.tree import parse_tree, tree_depth, tree_vertices
 
 

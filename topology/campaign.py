@@ -36,6 +36,7 @@ RETEST_ROUNDS = 3
 RETEST_PAIRS = 8  # most suspects that are measured again in a round
 LOAD_ORDERS = 2  # orders in which the nodes of a small cluster are loaded
 SMALL_CLUSTER = 16  # nodes
+HEAD_S = 0.1  # flows begin within this time of each other
 CONTENTION_ROUNDS = 3  # partners with which a node's uplink is filled
 SHARED_CPU_PAIRS = 40  # most pairs inside the nodes of a machine whose ranks share processors
 RESERVED = 0.3  # share of a time budget that is kept for flows at the same time
@@ -244,7 +245,7 @@ class Campaign:
             if inside:
                 plan = replace(plan, pings=11, sweeps=5, min_sweeps=3, pair_s=0.4)
         if self.economy:
-            plan = replace(plan, pings=11, sweeps=3, min_sweeps=3, idle=1)
+            plan = replace(plan, pings=11, sweeps=3, min_sweeps=3)
         return plan
 
     def _pairs(
@@ -318,7 +319,7 @@ class Campaign:
         fastest = max(self._usual_rate(pair) for pair in pairs)
         plan = FlowPlan(
             message_bytes=min(4 << 20, max(65536, 1 << int(math.log2(fastest * 1e-3)))),
-            head_s=min(0.3, max(0.03, 2 * BUCKET_BYTES / slowest)),
+            head_s=min(0.3, max(HEAD_S, 2 * BUCKET_BYTES / slowest)),
             window_s=min(1.5, max(0.15, 24 * BUCKET_BYTES / slowest)),
         )
         rates = self.runner.run(Order(do, pairs, asdict(plan)))
@@ -359,7 +360,7 @@ def nodes_from_times(runner: Runner, site: Site) -> tuple[tuple[int, ...], ...]:
     """
     ranks = [(rank,) for rank in range(len(site.machine_of_rank))]
     survey = Survey(tuple(ranks))
-    plan = asdict(PairPlan(max_bytes=1 << 19, pings=5, sweeps=3, min_sweeps=3, pair_s=0.5, idle=0))
+    plan = asdict(PairPlan(max_bytes=1 << 19, pings=5, sweeps=3, min_sweeps=3, pair_s=0.5))
     limit = site.pairs_at_once if site.shares_cpu else None
     for pairs in group_rounds(ranks):
         for some in split_round(pairs, limit):

@@ -18,27 +18,27 @@ from typing import Any
 SMALL_BYTES = 8  # the message whose round trip gives the latency
 AFFINE_RESIDUAL = 0.2  # above it alpha + beta * size does not describe the pair
 MIN_BURST_BYTES = 16384  # less than one GSO packet of 64 KiB cannot be told from jitter
-VISIBLE = 0.1  # share of its time that a stream must gain from a pause before a burst is believed
+VISIBLE = 0.1  # share of a stream's time that a burst must save to be told from noise
 
 
 @dataclass(frozen=True)
 class PairSamples:
     """Everything that was timed for one flow from one rank to another, by the sender's clock.
 
-    ``ping_s``: size to round trips, idle link. ``stream_s``: size to times from the first byte
-    sent to the acknowledgement, each right after the one before, so that a token bucket is empty.
-    ``idle_s``: the same after a pause long enough to fill the bucket.
+    ``ping_s``: size to round trips. ``stream_s``: size to times from the first byte sent to the
+    acknowledgement, each after a pause that fills a token bucket; equal positions follow each
+    other. ``drained_s``: the same for one size right after another stream, bucket empty.
     """
 
     ping_s: Mapping[int, tuple[float, ...]]
     stream_s: Mapping[int, tuple[float, ...]]
-    idle_s: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+    drained_s: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The samples as JSON values, rounded to 0.1 microseconds."""
         return {
             name: {str(s): [round(t, 7) for t in times] for s, times in getattr(self, name).items()}
-            for name in ("ping_s", "stream_s", "idle_s")
+            for name in ("ping_s", "stream_s", "drained_s")
         }
 
     @staticmethod
@@ -47,7 +47,7 @@ class PairSamples:
         return PairSamples(
             *(
                 {int(size): tuple(times) for size, times in document[name].items()}
-                for name in ("ping_s", "stream_s", "idle_s")
+                for name in ("ping_s", "stream_s", "drained_s")
             )
         )
 
@@ -56,10 +56,10 @@ class PairSamples:
 class PairFit:
     """One flow from one rank to another: ``time = alpha_s + beta_s_per_byte * size``.
 
-    ``table_s`` has the measured medians, one way. ``burst_bytes`` is what passes at once after a
-    pause, 0 where none is visible. ``noise`` is the median ``|log|`` of the ratio that two
-    medians of as many samples would have. ``residual`` is the median relative error of the model
-    over all sizes.
+    ``table_s`` has the measured medians, one way, after a pause. ``burst_bytes`` is what passes at
+    once then, 0 where none is visible; it comes off ``size``. ``noise`` is the median ``|log|`` of
+    the ratio that two medians of as many samples would have, ``residual`` the median relative
+    error of the model over all sizes.
     """
 
     alpha_s: float
@@ -146,8 +146,9 @@ def fit_pair(samples: PairSamples) -> PairFit:
     """Latency, inverse bandwidth and burst of one flow.
 
     Latency is half of the small round trip, less the small message's own bytes. Inverse bandwidth
-    is the slope between the medians of the two largest streams. The burst is how far a stream
-    that began after a pause stayed below that line: ``time = alpha + beta * (size - burst)``.
+    is the median slope between the two largest streams. The burst is how far a stream stays below
+    that line: ``time = alpha + beta * (size - burst)``; it is believed where a stream that finds
+    the bucket empty is slower.
 
     Parameters
     ----------
@@ -171,37 +172,40 @@ def fit_pair(samples: PairSamples) -> PairFit:
     streams = {
         size: max(median(times) - acknowledged, 1e-9) for size, times in samples.stream_s.items()
     }
-    beta = _slope(streams)
+    beta = _slope(samples.stream_s)
     alpha = max(0.0, round_trips[min(round_trips)] / 2 - min(round_trips) * beta)
-    largest = samples.stream_s[max(streams)]
+    small, large = sorted(streams)[-2:]
+    seconds = zip(samples.stream_s[small], samples.stream_s[large], strict=True)
+    largest = [max(b - a, 1e-9) for a, b in seconds]
     # A median of n samples spreads by 1.253 / sqrt(n) of what they do.
     noise = sample_noise(largest) * 1.253 / math.sqrt(len(largest))
-    burst = _burst_bytes(samples, acknowledged, alpha, beta)
-    # A size that was timed both ways keeps the streamed value: without the burst.
+    burst = _burst_bytes(samples, streams, beta)
     table = {size: time / 2 for size, time in round_trips.items()} | streams
     errors = [
-        abs(time - alpha - beta * (size if size in streams else max(0.0, size - burst))) / time
-        for size, time in table.items()
+        abs(time - alpha - beta * max(0.0, size - burst)) / time for size, time in table.items()
     ]
     return PairFit(alpha, beta, burst, median(errors), noise, dict(sorted(table.items())))
 
 
-def _slope(streams: Mapping[int, float]) -> float:
+def _slope(streams: Mapping[int, Sequence[float]]) -> float:
     small, large = sorted(streams)[-2:]
-    slope = (streams[large] - streams[small]) / (large - small)
+    # Neighbours in time: their difference is free of what changes slowly.
+    seconds = [b - a for a, b in zip(streams[small], streams[large], strict=True)]
+    if median(seconds) > 0:
+        return median(seconds) / (large - small)
     # Noise can turn the slope over on links that are too fast for their largest size; the plain
     # ratio is then the honest bound.
-    return slope if slope > 0 else streams[large] / large
+    return median(streams[large]) / large
 
 
-def _burst_bytes(samples: PairSamples, acknowledged: float, alpha: float, beta: float) -> float:
-    bursts = []
-    for size, times in samples.idle_s.items():
-        streamed, idle = median(samples.stream_s[size]), median(times)
-        spread = max(VISIBLE, 5 * sample_noise(samples.stream_s[size]))
-        if streamed - idle > max(spread * streamed, MIN_BURST_BYTES * beta):
-            bursts.append(size - max(0.0, idle - acknowledged - alpha) / beta)
-        else:
-            bursts.append(0.0)
-    # Other flows may have held the idle stream back; then nothing is known of a burst.
-    return max(0.0, min(median(bursts), float(max(samples.idle_s)))) if bursts else 0.0
+def _burst_bytes(samples: PairSamples, streams: Mapping[int, float], beta: float) -> float:
+    # Ranks that wait for a processor make small messages look slower than they make streams; the
+    # fastest round trip is the part that both have.
+    latency = min(min(times) for times in samples.ping_s.values())
+    for size, times in samples.drained_s.items():
+        burst = min(size - (median(samples.stream_s[size]) - latency) / beta, float(size))
+        gained = median(times) - median(samples.stream_s[size])
+        visible = burst > MIN_BURST_BYTES and burst * beta > VISIBLE * streams[size]
+        if visible and gained > burst * beta / 2:
+            return burst
+    return 0.0

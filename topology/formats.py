@@ -12,7 +12,8 @@ import networkx as nx
 from tamoe.topology.build import add_link
 from tamoe.topology.documents import field, number, read_document, write_document
 from tamoe.topology.errors import InputError
-from tamoe.topology.graph import Link, Pair, Topology
+from tamoe.topology.graph import Topology
+from tamoe.topology.link import Link, Pair
 
 SCHEMA = "tamoe.topology"
 SCHEMA_VERSION = "1.0"

@@ -1,9 +1,10 @@
 """The measurements themselves: ping-pong, streams, flows at the same time, copies, empty exchanges.
 
 Every time is taken by one clock, the sender's: half of a round trip, or from the first byte sent
-to the acknowledgement. Streams follow each other without a pause, so that a token bucket on the
-way (128 KiB on emulated links, unknown in clouds) is empty from the second on; it gives one burst
-away for free after every pause. Loaded in ranks only: it needs torch.
+to the acknowledgement. A token bucket on the way (128 KiB on emulated links, unknown in clouds)
+gives one burst away after every pause, and after a short one, such as a process that had to wait
+for its processor, a part of it. So every stream comes after a pause that fills the bucket: all
+sizes gain the same, and their slope is free of it. Loaded in ranks only: it needs torch.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from tamoe.topology.wire import Wire
 PING_BYTES = (SMALL_BYTES, 1024, 16384)
 PILOT_BYTES = 2 * BUCKET_BYTES
 MIDDLE_BYTES = 131072
+PAUSE_BYTES = 3 * BUCKET_BYTES // 2  # a pause lasts as long as the link takes for these
+FEW = 3  # repetitions of what only checks the model
 GOOD_INTERVAL = 0.03  # stop early when the median is known this well
 
 _STOP, _PING, _STREAM = range(3)
@@ -57,38 +60,28 @@ def _send_pair(wire: Wire, peer: int, plan: PairPlan) -> PairSamples:
         size: _pings(wire, peer, size, plan.pings if size == SMALL_BYTES else plan.pings // 2 | 1)
         for size in PING_BYTES
     }
-    _streams(wire, peer, [PILOT_BYTES])  # drains the bucket
-    (pilot,) = _streams(wire, peer, [PILOT_BYTES])
+    _stream(wire, peer, PILOT_BYTES)  # drains the bucket
+    pilot = _stream(wire, peer, PILOT_BYTES)
+    pause_s = PAUSE_BYTES * pilot / PILOT_BYTES
     largest = stream_bytes(PILOT_BYTES / pilot, plan)
-    sizes = sorted({min(MIDDLE_BYTES, largest // 8), largest // 4, largest})
+    sizes = (largest // 4, largest)
     sweeps: list[list[float]] = []
-    most = sweep_count(sum(sizes) * pilot / PILOT_BYTES, plan)
+    most = sweep_count(2 * pause_s + sum(sizes) * pilot / PILOT_BYTES, plan)
     while len(sweeps) < most and not _settled(sweeps, min(most, plan.min_sweeps)):
-        sweeps.append(_streams(wire, peer, sizes))
-        if len(sweeps) == 1:
-            most = sweep_count(sum(sweeps[0]), plan)
-    if len(sweeps) % 2 == 0:
-        sweeps.append(_streams(wire, peer, sizes))
+        sweeps.append([_stream(wire, peer, size, pause_s) for size in sizes])
     stream_s = {size: tuple(sweep[k] for sweep in sweeps) for k, size in enumerate(sizes)}
-    idle_s = _idle_streams(wire, peer, sizes[-2], largest / median(stream_s[largest]), plan.idle)
+    middle = min(MIDDLE_BYTES, largest // 8)
+    stream_s[middle] = tuple(_stream(wire, peer, middle, pause_s) for _ in range(FEW))
+    _stream(wire, peer, PILOT_BYTES)
+    drained_s = {sizes[0]: tuple(_stream(wire, peer, sizes[0]) for _ in range(FEW))}
     wire.send_header([_STOP], peer)
-    return PairSamples(ping_s, stream_s, idle_s)
+    return PairSamples(ping_s, stream_s, drained_s)
 
 
 def _settled(sweeps: list[list[float]], enough: int) -> bool:
     if len(sweeps) < enough or len(sweeps) % 2 == 0:
         return False
-    return median_interval([sweep[-1] for sweep in sweeps]) < GOOD_INTERVAL
-
-
-def _idle_streams(
-    wire: Wire, peer: int, size: int, bytes_per_s: float, count: int
-) -> dict[int, tuple[float, ...]]:
-    times = []
-    for _ in range(count):
-        time.sleep(2 * BUCKET_BYTES / bytes_per_s)  # the pause is what is measured: a full bucket
-        times += _streams(wire, peer, [size])
-    return {size: tuple(times)} if times else {}
+    return median_interval([large - small for small, large in sweeps]) < GOOD_INTERVAL
 
 
 def _pings(wire: Wire, peer: int, size: int, count: int) -> tuple[float, ...]:
@@ -102,32 +95,29 @@ def _pings(wire: Wire, peer: int, size: int, count: int) -> tuple[float, ...]:
     return tuple(times)
 
 
-def _streams(wire: Wire, peer: int, sizes: list[int]) -> list[float]:
-    wire.send_header([_STREAM, *sizes], peer)
-    times = []
-    for size in sizes:
-        payload = wire.payload(size)
-        start = time.perf_counter()
-        wire.send_then_receive(payload, wire.acknowledgement, peer)
-        times.append(time.perf_counter() - start)
-    return times
+def _stream(wire: Wire, peer: int, size: int, pause_s: float = 0.0) -> float:
+    wire.send_header([_STREAM, size], peer)
+    payload = wire.payload(size)
+    if pause_s:
+        time.sleep(pause_s)  # part of the measurement: a bucket in between fills up
+    start = time.perf_counter()
+    wire.send_then_receive(payload, wire.acknowledgement, peer)
+    return time.perf_counter() - start
 
 
 def _answer_pair(wire: Wire, peer: int) -> None:
     while True:
-        what, *words = wire.receive_header(peer)
+        what, size, count = wire.receive_header(peer)
         if what == _STOP:
             return
         if what == _PING:
-            size, count = words[:2]
             buffer = wire.payload(size)
             for _ in range(count):
                 wire.receive(buffer, peer)
                 wire.send(buffer, peer)
         else:
-            for size in filter(None, words):
-                wire.receive(wire.payload(size), peer)
-                wire.send(wire.acknowledgement, peer)
+            wire.receive(wire.payload(size), peer)
+            wire.send(wire.acknowledgement, peer)
 
 
 # ---- flows at the same time -------------------------------------------------------------------

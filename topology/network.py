@@ -24,10 +24,14 @@ from typing import Any
 from tamoe.topology import linux
 from tamoe.topology.spec import BURST_BYTES, ClusterSpec
 
-# A bucket's queue: shorter ones drop, which cost up to half the throughput. Where many flows meet
-# in one link it is longer, so that it holds all their windows and nothing is dropped.
+# A bucket's queue: a shorter one drops packets, which cost up to half the throughput. Where many
+# connections meet in one link it is longer, so that it holds all their windows and drops nothing.
 QUEUE_BYTES = 4 << 20
-_SMALLEST_WINDOW_BYTES = 128 << 10  # of a TCP connection; less slows a single flow at 1 Gbit/s
+_LONGEST_QUEUE_BYTES = 1 << 30
+# A connection's window covers this time at the cluster's highest rate: as long as a busy machine
+# keeps a receiver waiting for a core. A smaller one lets the link run dry meanwhile.
+_WINDOW_S = 0.05
+_WINDOW_BYTES = (128 << 10, 4 << 20)  # least and most
 _CONNECTIONS_PER_PAIR = 2  # two process groups at once
 CONGESTION_CONTROL = "reno"  # hosts differ in their default, and bbr retransmits behind a bucket
 INTERFACE = "eth0"  # of every node, and of every rank that has its own namespace
@@ -77,12 +81,24 @@ class _End:
 
 
 def window_bytes(spec: ClusterSpec) -> int:
-    """Receive window of each connection: small enough that a full incast fits the queues.
+    """Largest receive window of a connection on a cluster.
 
     >>> window_bytes(ClusterSpec.parse("4x2:200mbit"))
-    174762
+    1250000
     """
-    return max(QUEUE_BYTES // _most_flows(spec), _SMALLEST_WINDOW_BYTES)
+    rates = [*spec.uplink_bit_per_s, *dict(spec.node_bit_per_s).values(), spec.intra_bit_per_s or 0]
+    least, most = _WINDOW_BYTES
+    return min(max(int(max(rates) / 8 * _WINDOW_S), least), most)
+
+
+def queue_bytes(spec: ClusterSpec) -> int:
+    """Queue limit of each bucket on a cluster: room for every window that can meet in a link.
+
+    >>> queue_bytes(ClusterSpec.parse("2x1:200mbit")) == QUEUE_BYTES
+    True
+    """
+    wanted = _most_flows(spec) * window_bytes(spec)
+    return min(max(wanted, QUEUE_BYTES), _LONGEST_QUEUE_BYTES)
 
 
 def _most_flows(spec: ClusterSpec) -> int:
@@ -139,12 +155,12 @@ class Network:
                 index = _FIRST_INDEX + number
                 ip.link("add", kind="veth", ifname=above.interface, peer=peer, index=index)
         ends = [end for link in self.links for end in link]
-        queue_bytes = max(QUEUE_BYTES, _most_flows(spec) * window)
+        limit = queue_bytes(spec)
         for namespace in (*self.ranks, *self.nodes, self.fabric):
             with _inside(namespace) as ip:
                 for end in ends:
                     if end.namespace == namespace:
-                        _set_up_end(ip, end, queue_bytes)
+                        _set_up_end(ip, end, limit)
         self.congestion_control = Path(_CONGESTION).read_text().strip()
         self.setup_s = time.perf_counter() - started
 
@@ -235,7 +251,7 @@ def _set_up_namespace(window: int) -> None:
     _try_setting("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1")
     _try_setting("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1")
     _try_setting(_CONGESTION, CONGESTION_CONTROL)
-    _try_setting("/proc/sys/net/ipv4/tcp_rmem", f"4096 {_SMALLEST_WINDOW_BYTES} {window}")
+    _try_setting("/proc/sys/net/ipv4/tcp_rmem", f"4096 {_WINDOW_BYTES[0]} {window}")
     with IPRoute() as ip:
         ip.link("set", index=1, state="up")
 
@@ -250,13 +266,13 @@ def _add_bridge(ip: Any, name: str) -> None:
     ip.link("set", index=_index(ip, name), state="up")
 
 
-def _set_up_end(ip: Any, end: _End, queue_bytes: int) -> None:
+def _set_up_end(ip: Any, end: _End, limit: int) -> None:
     index = _index(ip, end.interface)
     if end.bridge is not None:
         ip.link("set", index=index, master=_index(ip, end.bridge))
     if end.bit_per_s is not None:
         rate = end.bit_per_s // 8
-        ip.tc("add", "tbf", index=index, rate=rate, burst=BURST_BYTES, limit=queue_bytes)
+        ip.tc("add", "tbf", index=index, rate=rate, burst=BURST_BYTES, limit=limit)
     if end.address is not None:
         ip.addr("add", index=index, address=end.address, prefixlen=_PREFIX_LENGTH)
     ip.link("set", index=index, state="up")

@@ -20,8 +20,7 @@ class PairPlan:
     sweeps: int = 9  # streams of each size, at most
     min_sweeps: int = 5
     target_s: float = 5e-3  # the largest stream takes at least this, unless max_bytes is reached
-    pair_s: float = 1.5  # sweeps are cut to min_sweeps, then to 3, to stay near this time
-    idle: int = 3  # streams after a pause, to see a token bucket; 0 for none
+    pair_s: float = 2.0  # sweeps are cut to min_sweeps, then to 3, to stay near this time
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def stream_bytes(bytes_per_s: float, plan: PairPlan) -> int:
     (8, 16)
     """
     size = 16 * BUCKET_BYTES
-    while size > 4 * BUCKET_BYTES and size / bytes_per_s > plan.pair_s / 3:
+    while size > 4 * BUCKET_BYTES and size / bytes_per_s > plan.pair_s / 4:
         size //= 2
     while size < plan.max_bytes and size / bytes_per_s < plan.target_s:
         size *= 2
@@ -80,7 +79,7 @@ def stream_bytes(bytes_per_s: float, plan: PairPlan) -> int:
 def sweep_count(sweep_s: float, plan: PairPlan) -> int:
     """Sweeps that fit into the time of a pair: an odd number, at least 3 (or all, if fewer).
 
-    >>> sweep_count(0.01, PairPlan()), sweep_count(0.25, PairPlan()), sweep_count(9.0, PairPlan())
+    >>> sweep_count(0.01, PairPlan()), sweep_count(0.35, PairPlan()), sweep_count(9.0, PairPlan())
     (9, 5, 3)
     """
     fitting = int(plan.pair_s / max(sweep_s, 1e-9)) - 1 | 1

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tamoe.topology.errors import InputError
-from tamoe.topology.graph import Link, Topology
+from tamoe.topology.graph import Topology
+from tamoe.topology.link import Link
 from tamoe.topology.units import format_rate, format_time
 
 if TYPE_CHECKING:

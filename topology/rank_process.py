@@ -119,8 +119,8 @@ def _call(request: Request, place: Place, ports: tuple[int, int]) -> Any:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed()  # or all ranks would draw the same numbers
+    if "numpy.random" in sys.modules:
+        sys.modules["numpy.random"].seed()  # or all ranks would draw the same numbers
     if request.import_in_ranks:
         from tamoe.topology.rank_server import import_function_module
 

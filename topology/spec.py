@@ -23,7 +23,8 @@ from tamoe.topology.errors import InputError
 from tamoe.topology.tree import Tree, TreeVertex, num_ranks, parse_tree, tree_depth, tree_vertices
 
 if TYPE_CHECKING:
-    from tamoe.topology.graph import Link, Topology
+    from tamoe.topology.graph import Topology
+    from tamoe.topology.link import Link
 
 BURST_BYTES = 131072  # of each token bucket: two GSO packets; one would cost 13 % of the rate
 PAYLOAD_SHARE = 1448 / 1514  # TCP payload of a full Ethernet frame, timestamps on, MTU 1500
@@ -189,7 +190,7 @@ def payload_bytes_per_s(bit_per_s: float) -> float:
 
 
 def _link(source: str, target: str, bit_per_s: int | None, level: int) -> Link:
-    from tamoe.topology.graph import Link
+    from tamoe.topology.link import Link
 
     if bit_per_s is None:
         return Link(source, target, UNSHAPED_BYTES_PER_S, level=level, origin="static")

@@ -8,7 +8,7 @@ the border is what limits some of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -18,6 +18,7 @@ from tamoe.topology.fit import PairFit, median
 from tamoe.topology.hierarchy import Partition
 
 SAME = 0.93  # totals this near to the best are readings of the same capacity (ClusterKit's figure)
+SEVERAL = 1.15  # times what one flow gets, from where on flows at the same time get more
 
 
 @dataclass(frozen=True)
@@ -133,18 +134,22 @@ class _Flows:
 def capacity(survey: Survey, members: Iterable[int], *, out: bool) -> float | None:
     """Bytes per second that can leave (``out``) or enter a set of nodes; None if unmeasured."""
     inside, flows = set(members), survey.flows
-    alone = _best(flows.rate_F[flows.crossing(inside, out)].tolist())
-    many = _best(
-        [
-            window.total_bytes_per_s
-            for window in (*survey.windows, *survey.loads)
-            if all(_crosses(survey, flow, inside, out) for flow in window.flows)
-        ]
-    )
-    if alone is None or many is None:
-        return alone or many
-    # The slope of one flow is the better reading of the two where both read the same link.
-    return many if many > alone / SAME else alone
+    alone = flows.rate_F[flows.crossing(inside, out)].tolist()
+    many = [
+        window.total_bytes_per_s
+        for window in survey.windows
+        if all(_crosses(survey, flow, inside, out) for flow in window.flows)
+    ]
+    one, several = _usual_best(alone), _usual_best(many)
+    if one is None or several is None:
+        return one or several
+    # A slope is the better reading of a link that one flow fills.
+    return several if several > SEVERAL * one else one
+
+
+def _usual_best(totals: list[float]) -> float | None:
+    near = [total for total in totals if total >= SAME * max(totals)]
+    return median(near) if near else None
 
 
 def _crosses(survey: Survey, flow: tuple[int, int], inside: set[int], out: bool) -> bool:
@@ -152,13 +157,12 @@ def _crosses(survey: Survey, flow: tuple[int, int], inside: set[int], out: bool)
     return ends == [out, not out]
 
 
-def _best(totals: Sequence[float]) -> float | None:
-    near = [total for total in totals if total >= SAME * max(totals)]
-    return median(near) if near else None
-
-
 def burst_bytes(survey: Survey, members: Iterable[int], *, out: bool) -> float:
-    """Burst that flows out of (or into) a set of nodes were seen to get; 0 where none."""
+    """Burst that flows out of (or into) a set of nodes were seen to get; 0 where none.
+
+    Flows that met others may have found the bucket empty, so a third that saw a burst is enough.
+    """
     flows = survey.flows
     bursts = flows.burst_F[flows.crossing(members, out)].tolist()
-    return median(bursts) if bursts else 0.0
+    seen = [burst for burst in bursts if burst > 0]
+    return median(seen) if 3 * len(seen) > len(bursts) else 0.0

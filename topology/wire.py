@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from tamoe.topology.errors import RankTimeoutError
 
-HEADER_WORDS = 8
+HEADER_WORDS = 3
 
 
 class Wire:

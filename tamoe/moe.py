@@ -1,0 +1,196 @@
+"""MoE: a gate, this rank's experts and the exchange between them, as one layer.
+
+Shape suffixes: T tokens, K choices, N experts of the group, E experts of a rank, D hidden size, R
+rows that this rank's experts work on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import nn
+
+from tamoe.exchange import Exchange, Kind
+from tamoe.groups import process_group
+from tamoe.routing import Routing
+from tamoe.scope import mark_scope
+from tamoe.topology.errors import InputError
+
+if TYPE_CHECKING:
+    from tamoe.groups import Group
+
+Experts = nn.Module | Callable[[], nn.Module]
+
+
+class MoEOutput(NamedTuple):
+    """What the layer returns.
+
+    Parameters
+    ----------
+    hidden
+        As the input: ``(…, D)``. Tokens of which every choice was dropped are 0.
+    aux_loss
+        The gate's, to add to the task loss as it is.
+    routing
+        The gate's decision, for metrics.
+    """
+
+    hidden: torch.Tensor
+    aux_loss: torch.Tensor
+    routing: Routing
+
+
+class MoE(nn.Module):
+    """Mixture-of-Experts layer over an expert-parallel group.
+
+    Expert e of N lives on rank e // E, with E = N / P. Expert parameters are marked with scope
+    ``"expert"``; the gate's are left as the gate marked them.
+
+    Parameters
+    ----------
+    gate
+        Module or function ``x_TD -> Routing``.
+    experts
+        Function that makes one expert (``[R, D]`` to ``[R, D]``, R may be 0), called once for each
+        expert of this rank; or one module for all of them, called with ``(row_RD, counts_E)``,
+        rows sorted by expert and ``counts_E`` an int64 tensor on the CPU; or an ``nn.ModuleList``
+        of this rank's experts.
+    num_experts
+        N, of the whole group; a multiple of its ranks.
+    group
+        ProcessGroup, 1-D DeviceMesh, or None for the default group, or for that of ``exchange``.
+    exchange
+        An :class:`Exchange`, or the kind of one to make.
+    device, dtype
+        Where to put gate and experts; None leaves them.
+
+    Raises
+    ------
+    InputError
+        The experts cannot be shared out equally, or group and exchange do not belong together.
+
+    Notes
+    -----
+    Expert e starts from the same weights on any number of ranks: each is made under a seed drawn
+    from (torch's default generator, e), and the generator moves on by one draw whatever E is. So
+    seed all ranks alike. A grouped module gets the same if it has ``reset_expert(local_index)``.
+
+    Under autocast tokens travel in the autocast dtype.
+
+    Examples
+    --------
+    >>> from functools import partial
+    >>> from tamoe import GShardGate
+    >>> from tamoe.experts import FeedForward
+    >>> layer = MoE(GShardGate(8, 4), partial(FeedForward, 8, 16), num_experts=4)
+    >>> layer(torch.zeros(2, 3, 8)).hidden.shape
+    torch.Size([2, 3, 8])
+    """
+
+    def __init__(
+        self,
+        gate: Callable[[torch.Tensor], Routing],
+        experts: Experts,
+        *,
+        num_experts: int,
+        group: Group = None,
+        exchange: Exchange | Kind = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.exchange = _exchange(exchange, group)
+        num_ranks = self.exchange.num_ranks
+        if num_experts < 1 or num_experts % num_ranks:
+            raise InputError(
+                f"num_experts is {num_experts}; allowed: a positive multiple of the group's "
+                f"{num_ranks} ranks"
+            )
+        self.num_experts = num_experts
+        self.num_experts_per_rank = num_experts // num_ranks
+        self.first_expert = self.exchange.rank * self.num_experts_per_rank
+        self.gate = gate
+        self.experts = mark_scope(self._make_experts(experts), "expert")
+        self.to(device=device, dtype=dtype)
+
+    @property
+    def expert_numbers(self) -> range:
+        """Global numbers of this rank's experts."""
+        return range(self.first_expert, self.first_expert + self.num_experts_per_rank)
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether one module holds all of this rank's experts."""
+        return not isinstance(self.experts, nn.ModuleList)
+
+    def _make_experts(self, experts: Experts) -> nn.Module:
+        if isinstance(experts, nn.ModuleList) and len(experts) != self.num_experts_per_rank:
+            raise InputError(
+                f"experts has {len(experts)} modules; allowed: {self.num_experts_per_rank}, one "
+                f"for each expert of this rank"
+            )
+        seed = int(torch.randint(2**40, ()))
+        made: list[nn.Module] = []
+        with torch.random.fork_rng():
+            for index, number in enumerate(self.expert_numbers):
+                torch.manual_seed(seed + number)
+                if not isinstance(experts, nn.Module):
+                    made.append(experts())
+                elif callable(reset := getattr(experts, "reset_expert", None)):
+                    reset(index)
+        return experts if isinstance(experts, nn.Module) else nn.ModuleList(made)
+
+    def forward(self, x: torch.Tensor) -> MoEOutput:
+        """Route each token to its experts and add up what they make of it.
+
+        Parameters
+        ----------
+        x
+            ``(…, D)``: any leading shape, which may hold 0 tokens and may differ between ranks.
+
+        Returns
+        -------
+        MoEOutput
+
+        Raises
+        ------
+        InputError
+            The gate returned no Routing, or the exchange refuses what it returned.
+        """
+        x_TD = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        routing = self.gate(x_TD)
+        if not isinstance(routing, Routing):
+            raise InputError(
+                f"gate returned {type(routing).__name__}; allowed: tamoe.Routing("
+                f"expert_index_TK, weight_TK, probs_TN, aux_loss)"
+            )
+        if torch.is_autocast_enabled(x.device.type):
+            x_TD = x_TD.to(torch.get_autocast_dtype(x.device.type))
+        row_RD, handle = self.exchange.dispatch(
+            x_TD, routing.expert_index_TK, routing.weight_TK, num_experts=self.num_experts
+        )
+        hidden_TD = self.exchange.combine(self._run_experts(row_RD, handle.counts_E), handle)
+        return MoEOutput(hidden_TD.reshape(x.shape), routing.aux_loss, routing)
+
+    def _run_experts(self, row_RD: torch.Tensor, counts_E: tuple[int, ...]) -> torch.Tensor:
+        if not isinstance(self.experts, nn.ModuleList):
+            out_RD: torch.Tensor = self.experts(row_RD, torch.tensor(counts_E))
+            return out_RD
+        # Experts without rows run too: their gradients are then 0 and not None, on every rank.
+        rows = zip(self.experts, row_RD.split(counts_E), strict=True)
+        return torch.cat([expert(row_rD) for expert, row_rD in rows])
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``print(model)``."""
+        return f"num_experts={self.num_experts}, num_experts_per_rank={self.num_experts_per_rank}"
+
+
+def _exchange(exchange: Exchange | Kind, group: Group) -> Exchange:
+    if not isinstance(exchange, Exchange):
+        return Exchange(group=group, kind=exchange)
+    if group is not None and process_group(group) is not exchange.group:
+        raise InputError("group is not that of exchange; give one of them, or both the same")
+    return exchange

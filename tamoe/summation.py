@@ -1,0 +1,159 @@
+"""The one order in which every exchange adds up a token's expert outputs.
+
+Floating-point sums depend on their order, so the order is part of the contract: first inside each
+node in expert order, then over nodes, then over each upper level of switches. Every partial sum is
+made in the accumulation dtype, starts with its first term and is rounded to the wire dtype, as it
+would be if it crossed the link. An exchange that sends every row and one that sends partial sums
+then agree bit for bit.
+
+Shape suffixes: n rows sent, m partial sums, T tokens, D hidden size, P ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tamoe.topology.graph import Topology
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """Adds rows up to partial sums. Segments inside one pass are distinct, so it is exact anywhere.
+
+    ``first_m`` is the row that starts each sum; each pass of ``more`` holds the sums that have a
+    further term and the rows that are those terms.
+    """
+
+    first_m: torch.Tensor
+    more: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class SumPlan:
+    """Stages from rows sent to one sum per token; ``token_m`` is the token of each last sum."""
+
+    stages: tuple[Stage, ...]
+    token_m: torch.Tensor
+    num_tokens: int
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, else float32.
+
+    >>> accumulation_dtype(torch.bfloat16)
+    torch.float32
+    """
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def sum_groups(topology: Topology | None) -> tuple[tuple[int, ...], ...]:
+    """Group of each rank at each level of the sum: nodes, then the switches above them.
+
+    The level that holds all ranks in one group is left out: it is the sum itself.
+
+    Examples
+    --------
+    >>> sum_groups(Topology.from_tree([[2, 1], [1]], bandwidth_bytes_per_s=(4.0, 2.0, 1.0)))
+    ((0, 0, 1, 2), (0, 0, 0, 1))
+    >>> sum_groups(None)
+    ()
+    """
+    if topology is None:
+        return ()
+    leaders = [ranks[0] for ranks in topology.nodes]
+    level_of = [[topology.level(i, j) for j in leaders] for i in leaders]
+    highest = max(max(row) for row in level_of)
+    groups = [tuple(range(len(leaders)))]
+    groups += [_connected(level_of, level) for level in range(1, highest)]
+    by_rank = [tuple(of_node[node] for node in topology.node_of) for of_node in groups]
+    distinct = dict.fromkeys(by_rank)
+    return tuple(group for group in distinct if len(set(group)) > 1)
+
+
+def _connected(level_of: Sequence[Sequence[int]], highest: int) -> tuple[int, ...]:
+    """Number of each node's group when links up to a level are there; by first node."""
+    group = list(range(len(level_of)))
+    for i, row in enumerate(level_of):
+        for j, level in enumerate(row):
+            if level <= highest and group[i] != group[j]:
+                old, new = max(group[i], group[j]), min(group[i], group[j])
+                group = [new if g == old else g for g in group]
+    number = {g: index for index, g in enumerate(sorted(set(group)))}
+    return tuple(number[g] for g in group)
+
+
+def plan_sum(
+    token_n: torch.Tensor,
+    rank_n: torch.Tensor,
+    num_tokens: int,
+    groups: Sequence[Sequence[int]],
+) -> SumPlan:
+    """Stages that add up rows sorted by expert.
+
+    Parameters
+    ----------
+    token_n, rank_n
+        Token of each row, and the rank that hosts its expert. Rows are in expert order.
+    num_tokens
+        Tokens T; those without a row sum to zero.
+    groups
+        Group of each rank at each level, from :func:`sum_groups`.
+
+    Examples
+    --------
+    >>> plan = plan_sum(torch.tensor([1, 0, 1]), torch.tensor([0, 1, 1]), 3, ())
+    >>> add_up(torch.tensor([[1.0], [10.0], [100.0]]), plan).flatten().tolist()
+    [10.0, 101.0, 0.0]
+    """
+    num_ranks = 1 + max((max(group) for group in groups), default=0)
+    stages: list[Stage] = []
+    lower_n = torch.zeros_like(rank_n)
+    for group in (*groups, None):
+        if group is None:
+            upper_n = torch.zeros_like(rank_n)
+        else:
+            upper_n = torch.tensor(group, device=rank_n.device)[rank_n]
+        stage = _stage(token_n * num_ranks + upper_n, lower_n, num_ranks)
+        if stage is not None:
+            stages.append(stage)
+            token_n, rank_n, upper_n = (v[stage.first_m] for v in (token_n, rank_n, upper_n))
+        lower_n = upper_n
+    return SumPlan(tuple(stages), token_n, num_tokens)
+
+
+def _stage(sum_n: torch.Tensor, lower_n: torch.Tensor, num_lower: int) -> Stage | None:
+    """Terms of equal ``sum_n``, ordered by lower group, then as given; None if all are alone."""
+    order_n = torch.argsort(sum_n * num_lower + lower_n, stable=True)
+    sorted_n = sum_n[order_n]
+    starts_n = torch.ones_like(sorted_n, dtype=torch.bool)
+    starts_n[1:] = sorted_n[1:] != sorted_n[:-1]
+    first_m = starts_n.nonzero().flatten()
+    if len(first_m) == len(sum_n):
+        return None
+    segment_n = starts_n.cumsum(0) - 1
+    position_n = torch.arange(len(sum_n), device=sum_n.device) - first_m[segment_n]
+    passes = []
+    for position in range(1, 1 + int(position_n.max())):
+        chosen = (position_n == position).nonzero().flatten()
+        passes.append((segment_n[chosen], order_n[chosen]))
+    return Stage(order_n[first_m], tuple(passes))
+
+
+def add_up(row_nD: torch.Tensor, plan: SumPlan) -> torch.Tensor:
+    """Sum of each token's rows in the canonical order, ``[T, D]`` in the rows' dtype."""
+    wire, wide = row_nD.dtype, accumulation_dtype(row_nD.dtype)
+    for stage in plan.stages:
+        sum_mD = row_nD[stage.first_m].to(wide)
+        for segment, row in stage.more:
+            sum_mD.index_add_(0, segment, row_nD[row].to(wide))
+        row_nD = sum_mD.to(wire)
+    return row_nD.new_zeros(plan.num_tokens, row_nD.shape[1]).index_copy_(0, plan.token_m, row_nD)
+
+
+def weigh(row_nD: torch.Tensor, weight_n: torch.Tensor) -> torch.Tensor:
+    """Rows times their weights, made in the accumulation dtype and rounded to the rows' dtype."""
+    wide = accumulation_dtype(row_nD.dtype)
+    return (row_nD.to(wide) * weight_n.to(wide).unsqueeze(1)).to(row_nD.dtype)
