@@ -25,7 +25,7 @@ from torch import nn
 from tamoe.groups import group_rank, group_size, process_group
 from tamoe.reduction import Bucket, NodeReduction, Worker, make_buckets, node_partition
 from tamoe.schedules import Nodes
-from tamoe.scope import scope_of
+from tamoe.scope import restore_scopes, scope_of
 from tamoe.topology.errors import InputError
 
 if TYPE_CHECKING:
@@ -101,6 +101,7 @@ class DenseGradients:
             raise InputError(f"bucket_bytes is {bucket_bytes}; allowed: > 0")
         self.num_ranks = group_size(group)
         partition = node_partition(nodes, self.num_ranks)
+        restore_scopes(model)  # a deep copy lost the marks, and its experts would be averaged
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         dense = [(name, p) for name, p in named if scope_of(p) == "shared"]
         self._bucket_bytes = bucket_bytes
@@ -277,6 +278,7 @@ def broadcast_dense(model: nn.Module, *, group: Group = None, source: int = 0) -
         raise InputError(f"source is {source}; allowed: 0 to {num_ranks - 1}")
     if resolved is None or num_ranks == 1:
         return
+    restore_scopes(model)
     dense = [(name, p) for name, p in model.named_parameters() if scope_of(p) == "shared"]
     _require_same_layout(dense, resolved)
     tensors = [p.data for _, p in dense]
@@ -323,6 +325,7 @@ def clip_grad_norm(model: nn.Module, max_norm: float, *, group: Group = None) ->
     """
     if not max_norm > 0:
         raise InputError(f"max_norm is {max_norm}; allowed: > 0")
+    restore_scopes(model)
     resolved = process_group(group)
     first = next(model.parameters(), None)
     square = torch.zeros((), dtype=torch.float64, device=None if first is None else first.device)

@@ -194,9 +194,15 @@ def test_routing_equals_its_definition_in_float64(num_tokens, num_experts, kind,
 
 
 def test_equal_logits_go_to_the_lower_expert():
-    gate = NaiveGate(4, 6, top_k=3)
-    nn.init.zeros_(gate.weight)
-    assert gate(tokens(5, 4)).expert_index_TK.tolist() == [[0, 1, 2]] * 5
+    # Whole numbers from 0 to 3 over 200 experts: ties everywhere.
+    gate = NaiveGate(4, 200, top_k=100)
+    rng = np.random.default_rng(0)
+    levels = rng.integers(0, 4, (4, 200))
+    with torch.no_grad():
+        gate.weight.copy_(torch.from_numpy(levels.T))
+    index = gate(torch.eye(4)).expert_index_TK
+    expected = [sorted(range(200), key=lambda e: (-row[e], e))[:100] for row in levels]
+    assert index.tolist() == expected
 
 
 def test_every_gate_learns_from_the_task_through_its_weights():
@@ -231,16 +237,34 @@ def test_random_routing_drops_second_choices_with_one_minus_twice_their_weight()
 
 
 def test_random_drops_leave_their_places_to_others():
-    # All second choices want expert 1 with weight 0: random routing clears them all.
+    # One place an expert. Token 0 gives its second choice weight 0: it is always dropped, and the
+    # place goes to token 1, whose two weights are 1/2 and never dropped.
     gate = GShardGate(2, 2, random_routing=True, capacity=0.5, drop="position")
     with torch.no_grad():
-        gate.weight.copy_(torch.tensor([[100.0, 0.0], [0.0, 100.0]]))
-    x = torch.cat(
-        [torch.tensor([[1.0, 0.0]]).expand(4, 2), torch.tensor([[0.0, 1.0]]).expand(4, 2)]
-    )
-    index = gate(x).expert_index_TK  # capacity ceil(0.5 · 2 · 8 / 2) = 4
-    assert index[:, 0].tolist() == [0] * 4 + [1] * 4
-    assert index[:, 1].tolist() == [-1] * 8
+        gate.weight.copy_(100 * torch.eye(2))
+    routing = gate(torch.tensor([[2.0, 0.0], [0.0, 0.0]]))
+    assert routing.expert_index_TK.tolist() == [[0, -1], [-1, 1]]
+
+
+def test_random_routing_never_drops_a_first_choice():
+    gate = GShardGate(4, 4, top_k=4, random_routing=True)
+    nn.init.zeros_(gate.weight)  # four weights of 1/4: half of the other choices go
+    index = gate(tokens(4000, 4)).expert_index_TK
+    assert (index[:, 0] == 0).all()
+    assert (index[:, 1:] < 0).double().mean().item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_padding_takes_no_part_in_capacity_nor_in_the_spread():
+    options = {"capacity": 0.7, "drop": "position"}
+    results = []
+    for padding in (0, 50):
+        gate = seeded(NaiveGate, 16, 8, steer=TopologyBias(two_nodes(), rank=0), **options)
+        x = torch.cat([tokens(100), torch.full((padding, 16), 1e4)])
+        routing = gate(x, torch.arange(100 + padding) < 100)
+        results.append((routing.expert_index_TK[:100].tolist(), gate.steer.spread.item()))
+        assert (routing.expert_index_TK[100:] == -1).all()
+    assert results[0][0] == results[1][0]
+    assert results[0][1] == pytest.approx(results[1][1], rel=1e-5)
 
 
 def test_jitter_multiplies_the_input_in_training_only():
@@ -386,6 +410,9 @@ def test_scope_marks_parameters_and_state_by_name():
     }
     assert scopes["expert.weight"] == "expert"
     assert scope_of(NaiveGate(4, 8).weight) == "shared"
+    # A shared gate's bias still belongs to its rank.
+    shared = state_scopes(NaiveGate(4, 8, steer=TopologyBias(two_nodes(), rank=0)))
+    assert shared["weight"] == "shared" and shared["steer.unit_bias_N"] == "rank"
     with pytest.raises(InputError, match="scope is 'dense'; allowed: 'shared', 'rank', 'expert'"):
         mark_scope(nn.Linear(1, 1), "dense")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from tamoe.parallel import DenseGradients, broadcast_dense, clip_grad_norm
 from tamoe.reduction import Worker, make_buckets, node_partition
-from tamoe.scope import mark_scope
+from tamoe.scope import mark_scope, scope_of
 from tamoe.topology import InputError, Topology, run_ranks
 
 
@@ -296,3 +297,14 @@ def test_mistakes_are_named():
         (0, 1),
         (2, 3),
     )
+
+
+def test_a_deep_copy_keeps_its_experts_and_gates_out_of_the_average() -> None:
+    model = nn.ModuleDict(
+        {"dense": nn.Linear(2, 2), "expert": mark_scope(nn.Linear(2, 2), "expert")}
+    )
+    twin = copy.deepcopy(model)
+    assert scope_of(twin["expert"].weight) == "shared"  # torch forgets attributes of parameters
+    DenseGradients(twin).close()
+    assert scope_of(twin["expert"].weight) == "expert"
+    assert scope_of(twin["dense"].weight) == "shared"
