@@ -43,7 +43,9 @@ def test_importing_tamoe_loads_nothing_heavy() -> None:
 
 @pytest.mark.parametrize("arguments", [["--help"], ["solve", "--help"], ["--version"]])
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
-    code = f"from tamoe.cli import main\ntry:\n    main({arguments!r})\nexcept SystemExit:\n    pass"
+    code = (
+        f"from tamoe.cli import main\ntry:\n    main({arguments!r})\nexcept SystemExit:\n    pass"
+    )
     assert loaded_after(code) == set()
 
 
@@ -55,7 +57,9 @@ def test_solve_and_show_load_no_torch(tmp_path: Path) -> None:
         "from tamoe.cli import main\n"
     )
     for command in (["solve", file, "-o", plan], ["show", file, "-o", figure]):
-        code = f"{make}try:\n    main({command!r})\nexcept SystemExit as end:\n    assert not end.code"
+        code = (
+            f"{make}try:\n    main({command!r})\nexcept SystemExit as end:\n    assert not end.code"
+        )
         assert "torch" not in loaded_after(code)
 
 
@@ -87,4 +91,6 @@ def test_imports_go_only_backwards(folder: str) -> None:
 def test_every_module_says_what_it_is_in_its_first_line() -> None:
     for folder in FOLDERS:
         for path in (ROOT / folder).glob("*.py"):
-            assert ast.get_docstring(ast.parse(path.read_text())) or path.name == "__main__.py", path
+            assert ast.get_docstring(ast.parse(path.read_text())) or path.name == "__main__.py", (
+                path
+            )
