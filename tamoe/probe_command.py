@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Mapping
@@ -121,7 +122,11 @@ def _probe_own_ranks(
             )
     results = run_ranks(target, _probe_rank, str(output), budget_s, timeout_s=PROBE_TIMEOUT_S)
     topology: Topology = results[0]
-    return topology
+    if cluster is None:
+        return topology
+    # Ranks cannot see what carries their traffic; whoever shaped the links can.
+    label = {**topology.provenance, "label": "emulated", "cluster": str(target)}
+    return dataclasses.replace(topology, provenance=label)
 
 
 def _visible_gpus() -> int:

@@ -9,35 +9,27 @@ Knows nothing of processes: orders go to a runner, which a test can replace.
 from __future__ import annotations
 
 import itertools
-import math
-import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
+from tamoe.topology.contention import contention_rounds, flow_plan, load_rounds
 from tamoe.topology.findings import suspects
 from tamoe.topology.fit import PairSamples, fit_pair, median
-from tamoe.topology.hierarchy import Group, find_levels, members_of
-from tamoe.topology.orders import BUCKET_BYTES, FlowPlan, Order, PairPlan
+from tamoe.topology.hierarchy import Group, members_of
+from tamoe.topology.orders import Order, PairPlan
 from tamoe.topology.schedule import (
     Round,
-    circle_rounds,
-    flows_between,
     group_rounds,
+    in_turn,
     local_rounds,
-    split_round,
 )
-from tamoe.topology.survey import SAME, Survey, Window, capacity
+from tamoe.topology.survey import SAME, Survey, Window
 from tamoe.topology.switches import candidate_tree
-from tamoe.topology.times import rank_times
 
 RETEST_ROUNDS = 3
 RETEST_PAIRS = 8  # most suspects that are measured again in a round
-LOAD_ORDERS = 2  # orders in which the nodes of a small cluster are loaded
-SMALL_CLUSTER = 16  # nodes
-HEAD_S = 0.1  # flows begin within this time of each other
-CONTENTION_ROUNDS = 3  # partners with which a node's uplink is filled
 SHARED_CPU_PAIRS = 40  # most pairs inside the nodes of a machine whose ranks share processors
 RESERVED = 0.3  # share of a time budget that is kept for flows at the same time
 _CHEAPER = (1.0, 0.6, 0.35)  # time of a round: in full, with fewer repetitions, one way only
@@ -184,26 +176,15 @@ class Campaign:
 
     def load(self) -> None:
         """All ranks send and receive, node with node: oversubscribed switches slow some pairs."""
-        nodes, rounds = self.survey.nodes, list[list[Round]]()
-        if len(nodes) < 4:
+        if len(self.survey.nodes) < 4:
             return
-        # In another order other flows meet; a pair counts as its slowest reading.
-        for turn in range(LOAD_ORDERS if len(nodes) <= SMALL_CLUSTER else 1):
-            order = random.Random(self.seed + turn).sample(range(len(nodes)), len(nodes))
-            for pairs in circle_rounds(len(nodes)):
-                ends = [(nodes[order[a]], nodes[order[b]]) for a, b in pairs]
-                rounds.append([flows_between([a], [b]) for a, b in ends])
+        rounds = load_rounds(self.survey.nodes, self.seed)
         until = None if self.budget_s is None else self.budget_s * (1 - RESERVED / 2)
         self._rounds("load", rounds, lambda some: self._flows(some, "load"), until)
 
     def contention(self) -> None:
         """Phase D: all ranks of two nodes at once, then all nodes below each switch."""
-        tree = candidate_tree(self.survey)
-        rounds: list[list[Round]] = []
-        if max(map(len, self.survey.nodes)) > 1:
-            rounds += self._node_windows(tree)
-        for group in tree.groups():
-            rounds += self._switch_windows(group)
+        rounds = contention_rounds(self.survey.nodes, candidate_tree(self.survey))
         self._rounds("contention", rounds, self._flows, self.budget_s)
 
     # ---- rounds -------------------------------------------------------------------------------
@@ -280,61 +261,16 @@ class Campaign:
             if survey.fits[pair].bandwidth_bytes_per_s < SAME * usual.bandwidth_bytes_per_s:
                 survey.add(pair, usual, copied=True, met=False)
 
-    # ---- flows at the same time ---------------------------------------------------------------
-
-    def _node_windows(self, tree: Group) -> list[list[Round]]:
-        """Rounds of windows: nodes of one switch in pairs, all ranks of each, both ways."""
-        nodes = self.survey.nodes
-        per_switch: list[list[list[Round]]] = []
-        for group in tree.groups():
-            alike = [child for child in group.children if isinstance(child, int)]
-            rounds: list[list[Round]] = []
-            for pairs in circle_rounds(len(alike))[:CONTENTION_ROUNDS]:
-                ends = [(nodes[alike[a]], nodes[alike[b]]) for a, b in pairs]
-                rounds.append([flows_between([a], [b]) for a, b in ends])
-                rounds.append([flows_between([b], [a]) for a, b in ends])
-            per_switch.append(rounds)
-        return [
-            list(itertools.chain.from_iterable(some))
-            for some in itertools.zip_longest(*per_switch, fillvalue=[])
-        ]
-
-    def _switch_windows(self, group: Group) -> list[list[Round]]:
-        """Windows from each child of a switch to its siblings and back, one after the other."""
-        if all(isinstance(child, int) for child in group.children):
-            return []
-        windows: list[list[Round]] = []
-        for child in group.children:
-            inside = [self.survey.nodes[node] for node in members_of(child)]
-            siblings = [members_of(other) for other in group.children if other != child]
-            outside = [self.survey.nodes[node] for node in _in_turn(siblings)]
-            windows += [[flows_between(inside, outside)], [flows_between(outside, inside)]]
-            if len(group.children) == 2:
-                break  # the other child's windows would be the same
-        return windows
-
     def _flows(self, windows: list[Round], do: str = "flows") -> None:
         pairs = tuple(itertools.chain.from_iterable(windows))
-        slowest = min(self._usual_rate(pair) for pair in pairs)
-        fastest = max(self._usual_rate(pair) for pair in pairs)
-        plan = FlowPlan(
-            message_bytes=min(4 << 20, max(65536, 1 << int(math.log2(fastest * 1e-3)))),
-            head_s=min(0.3, max(HEAD_S, 2 * BUCKET_BYTES / slowest)),
-            window_s=min(1.5, max(0.15, 24 * BUCKET_BYTES / slowest)),
-        )
-        rates = self.runner.run(Order(do, pairs, asdict(plan)))
+        rates = self.runner.run(Order(do, pairs, asdict(flow_plan(self.survey, pairs))))
         kept = self.survey.loads if do == "load" else self.survey.windows
         for flows in windows:
             kept.append(Window(flows, tuple(rates[first] for first, _ in flows)))
 
-    def _usual_rate(self, pair: RankPair) -> float:
-        a, b = (self.survey.node_of[rank] for rank in pair)
-        ends = capacity(self.survey, [a], out=True), capacity(self.survey, [b], out=False)
-        return min((rate for rate in ends if rate is not None), default=1e9)
-
     def _ranks(self, child: Group | int) -> list[int]:
         nodes = [self.survey.nodes[node] for node in members_of(child)]
-        return _in_turn(nodes)
+        return in_turn(nodes)
 
 
 def _flows_may_meet(group: Group) -> bool:
@@ -342,31 +278,3 @@ def _flows_may_meet(group: Group) -> bool:
     all_nodes = len(group.members)
     sizes = [len(members_of(child)) for child in group.children]
     return any(min(size, all_nodes - size) > 1 for size in sizes)
-
-
-def _in_turn(groups: Iterable[Sequence[int]]) -> list[int]:
-    found = [value for some in itertools.zip_longest(*groups) for value in some]
-    return [value for value in found if value is not None]
-
-
-# ---- nodes without host names -----------------------------------------------------------------
-
-
-def nodes_from_times(runner: Runner, site: Site) -> tuple[tuple[int, ...], ...]:
-    """Nodes found by a cheap tournament of all ranks, for where host names are hidden.
-
-    Several flows may share a NIC in a round; that makes far pairs look farther, so the partition
-    is still right, and the values are thrown away.
-    """
-    ranks = [(rank,) for rank in range(len(site.machine_of_rank))]
-    survey = Survey(tuple(ranks))
-    plan = asdict(PairPlan(max_bytes=1 << 19, pings=5, sweeps=3, min_sweeps=3, pair_s=0.5))
-    limit = site.pairs_at_once if site.shares_cpu else None
-    for pairs in group_rounds(ranks):
-        for some in split_round(pairs, limit):
-            for pair, samples in runner.samples(Order("pairs", some, plan)).items():
-                survey.add(pair, fit_pair(samples))
-    levels = find_levels(rank_times(survey), survey.noise)
-    if not levels.partitions:
-        return (tuple(range(len(ranks))),)
-    return levels.partitions[max(range(len(levels.jumps)), key=lambda k: levels.jumps[k])]

@@ -24,7 +24,7 @@ from tamoe.topology.hierarchy import (
 )
 from tamoe.topology.survey import SAME, Survey, capacity
 from tamoe.topology.switches import MAJORITY
-from tamoe.topology.times import rank_times
+from tamoe.topology.times import limited_by_cpu, rank_times
 
 SLOW_LATENCY = 2.1  # times the median of the level (ClusterKit's figure)
 SYMMETRIC = 0.9  # ratio of the two directions below which a pair is called asymmetric
@@ -108,6 +108,8 @@ def suspects(survey: Survey, tree: Group, *, latency: bool) -> tuple[RankPair, .
     ``latency`` False leaves latencies out: ranks that share processors wait for each other, and
     what they see is the scheduler.
     """
+    if limited_by_cpu(survey):
+        return ()
     expected = expected_rates(survey, tree)
     usual_alpha = _usual_latencies(survey, tree) if latency else {}
     found: dict[RankPair, float] = {}
@@ -136,7 +138,9 @@ def slow_nodes(survey: Survey, tree: Group) -> tuple[SlowNode, ...]:
 
     Three nodes at least must be faster, or nothing says which of them is usual.
     """
-    found = []
+    found: list[SlowNode] = []
+    if limited_by_cpu(survey):
+        return ()
     for group in tree.groups():
         for node in (child for child in group.children if isinstance(child, int)):
             others = [child for child in group.children if child != node]
@@ -163,6 +167,8 @@ def _slower(survey: Survey, node: int, others: list[Group | int], out: bool) -> 
 
 def slow_links(survey: Survey, tree: Group) -> tuple[SlowLink, ...]:
     """Measured pairs that stay behind what both of their ends reach with others."""
+    if limited_by_cpu(survey):
+        return ()
     limit = math.exp(threshold(survey))
     expected = expected_rates(survey, tree)
     return tuple(
@@ -174,7 +180,9 @@ def slow_links(survey: Survey, tree: Group) -> tuple[SlowLink, ...]:
 
 def asymmetric_pairs(survey: Survey) -> tuple[RankPair, ...]:
     """Pairs between nodes whose two directions differ, the slower direction named."""
-    found = []
+    found: list[RankPair] = []
+    if limited_by_cpu(survey):
+        return ()
     for (i, j), fit in _between(survey):
         back = survey.fits.get((j, i))
         if back is None or survey.copied & {(i, j), (j, i)}:

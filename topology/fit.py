@@ -172,14 +172,18 @@ def fit_pair(samples: PairSamples) -> PairFit:
     streams = {
         size: max(median(times) - acknowledged, 1e-9) for size, times in samples.stream_s.items()
     }
-    beta = _slope(samples.stream_s)
-    alpha = max(0.0, round_trips[min(round_trips)] / 2 - min(round_trips) * beta)
-    small, large = sorted(streams)[-2:]
-    seconds = zip(samples.stream_s[small], samples.stream_s[large], strict=True)
-    largest = [max(b - a, 1e-9) for a, b in seconds]
-    # A median of n samples spreads by 1.253 / sqrt(n) of what they do.
-    noise = sample_noise(largest) * 1.253 / math.sqrt(len(largest))
+    beta, large = _slope(samples.stream_s), max(streams)
     burst = _burst_bytes(samples, streams, beta)
+    latency = round_trips[min(round_trips)] / 2
+    ratio = max(0.0, streams[large] - latency) / large
+    if not burst and beta < ratio / 2:
+        # Without a burst both read the same link. A slope that explains less than half of the
+        # time is the noise of a link too fast for these sizes.
+        beta = ratio
+    alpha = max(0.0, latency - min(round_trips) * beta)
+    # A median of n samples spreads by 1.253 / sqrt(n) of what they do.
+    times = samples.stream_s[large]
+    noise = sample_noise(times) * 1.253 / math.sqrt(len(times))
     table = {size: time / 2 for size, time in round_trips.items()} | streams
     errors = [
         abs(time - alpha - beta * max(0.0, size - burst)) / time for size, time in table.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -15,11 +15,11 @@ from tamoe.topology.findings import (
     slow_nodes,
     tree_report,
 )
-from tamoe.topology.fit import PairFit
+from tamoe.topology.fit import PairFit, median
 from tamoe.topology.hierarchy import Group, find_levels
 from tamoe.topology.inventory import RankFacts, common, partition_by, software
 from tamoe.topology.survey import Survey, Window
-from tamoe.topology.times import REFERENCE_BYTES, node_times
+from tamoe.topology.times import REFERENCE_BYTES, limited_by_cpu, node_times
 
 CPU_BOUND = (
     "ranks share processors: values inside nodes are those of the processors; "
@@ -80,11 +80,12 @@ def describe(
         "environment": dict(facts[0].environment),
         "schedule": _schedule(campaign),
         "cpu_bound": CPU_BOUND if campaign.site.shares_cpu else None,
+        "network_limited_by_cpu": limited_by_cpu(survey),
         "partition": _partition(survey, facts, use_hosts),
         "tree": tree_report(find_levels(node_times(survey), survey.noise)),
         **_findings(survey, tree),
-        "contention": _windows(survey.windows),
-        "load": _windows(survey.loads),
+        "contention": _windows(survey, survey.windows),
+        "load": _windows(survey, survey.loads),
         "pairs": [_pair(pair, fit) for pair, fit in sorted(survey.fits.items())],
         "samples": [
             {"source_rank": i, "target_rank": j, **samples.to_json()}
@@ -143,15 +144,27 @@ def _findings(survey: Survey, tree: Group) -> dict[str, Any]:
     }
 
 
-def _windows(windows: Sequence[Window]) -> list[dict[str, Any]]:
-    return [
-        {
-            "flows": [list(flow) for flow in window.flows],
-            "rates_bytes_per_s": list(window.rates_bytes_per_s),
-            "total_bytes_per_s": round(window.total_bytes_per_s, 3),
-        }
-        for window in windows
-    ]
+def _windows(survey: Survey, windows: Sequence[Window]) -> list[dict[str, Any]]:
+    alone = {
+        ends: median([fit.bandwidth_bytes_per_s for fit in fits])
+        for ends, fits in survey.between().items()
+    }
+    return [_window(survey, window, alone) for window in windows]
+
+
+def _window(
+    survey: Survey, window: Window, alone: Mapping[tuple[int, int], float]
+) -> dict[str, Any]:
+    single = [alone.get((survey.node_of[i], survey.node_of[j])) for i, j in window.flows]
+    known = [rate for rate in single if rate is not None]
+    total = window.total_bytes_per_s
+    return {
+        "flows": [list(flow) for flow in window.flows],
+        "rates_bytes_per_s": list(window.rates_bytes_per_s),
+        "total_bytes_per_s": round(total, 3),
+        # How many times longer each flow takes than alone: 1 where nothing is shared.
+        "slowdown": round(sum(known) / total, 3) if len(known) == len(single) else None,
+    }
 
 
 def _pair(pair: tuple[int, int], fit: PairFit) -> dict[str, Any]:

@@ -154,9 +154,14 @@ def flows_between(
     >>> flows_between([(0, 1), (2, 3)], [(4, 5)])
     ((0, 4), (2, 5))
     """
-    return tuple(zip(_in_turn(sources)[:most], _in_turn(targets)[:most], strict=False))
+    return tuple(zip(in_turn(sources)[:most], in_turn(targets)[:most], strict=False))
 
 
-def _in_turn(groups: Sequence[Sequence[int]]) -> list[int]:
+def in_turn(groups: Sequence[Sequence[int]]) -> list[int]:
+    """The first of every group, then the second of every group, and so on.
+
+    >>> in_turn([(0, 1, 2), (3,), (4, 5)])
+    [0, 3, 4, 1, 5, 2]
+    """
     longest = max(map(len, groups), default=0)
     return [ranks[i] for i in range(longest) for ranks in groups if i < len(ranks)]

@@ -13,7 +13,7 @@ import numpy as np
 from tamoe.topology.fit import median
 from tamoe.topology.hierarchy import MIN_JUMP, Group, find_levels, group_tree, prune
 from tamoe.topology.survey import Survey, Window, capacity
-from tamoe.topology.times import held_back, node_times
+from tamoe.topology.times import held_back, limited_by_cpu, node_times
 
 CONSTRAINED = 0.9  # a border that carries less than this share of what its nodes could is a switch
 MAJORITY = 3  # nodes of equal speed that are needed to call another one slow
@@ -24,6 +24,8 @@ def candidate_tree(survey: Survey, *, met: bool = False) -> Group:
 
     ``met``: from times as read in rounds of many pairs, before any was measured alone.
     """
+    if limited_by_cpu(survey):
+        return Group(tuple(range(len(survey.nodes))))
     levels = find_levels(_distances(survey, met=met), survey.noise)
     return group_tree(len(survey.nodes), levels.partitions)
 

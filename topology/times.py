@@ -12,6 +12,7 @@ from tamoe.topology.fit import median
 from tamoe.topology.survey import Survey
 
 REFERENCE_BYTES = 1 << 20  # the message whose time is compared when levels are looked for
+CLEARLY = 2.0  # times slower than inside nodes: what a network must be to be told from processors
 UNLOADED = 0.9  # a pair that keeps this share of its rate under load is held back by nothing
 
 
@@ -25,6 +26,18 @@ def node_times(survey: Survey, *, met: bool = False) -> np.ndarray:
         key = (min(a, b), max(a, b))
         times[key] = max(times.get(key, 0.0), median([f.time_s(REFERENCE_BYTES) for f in fits]))
     return filled_times(len(survey.nodes), times)
+
+
+def limited_by_cpu(survey: Survey) -> bool:
+    """Whether what lies between nodes is as good as what ranks on shared processors can do.
+
+    Then nothing is known of the network but that, and differences are the scheduler's.
+    """
+    inside = [f.time_s(REFERENCE_BYTES) for fits in survey.inside().values() for f in fits]
+    between = [f.time_s(REFERENCE_BYTES) for fits in survey.between().values() for f in fits]
+    if not (survey.cpu_bound and inside and between):
+        return False
+    return median(between) < CLEARLY * median(inside)
 
 
 def held_back(survey: Survey) -> set[tuple[int, int]]:
