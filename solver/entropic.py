@@ -36,7 +36,7 @@ class EntropicOptimum:
     def gap(self) -> float:
         """Relative distance of the objective from its bound."""
         scale = max(abs(self.objective), 1e-300)
-        return max(0.0, (self.objective - self.objective_bound) / scale)
+        return (self.objective - self.objective_bound) / scale
 
 
 def entropic_target(problem: Problem, kl: float, scale_s: float) -> EntropicOptimum:
@@ -65,17 +65,19 @@ def entropic_target(problem: Problem, kl: float, scale_s: float) -> EntropicOpti
     price_R[used_rows(problem)] = solution.price_R * unit
     multipliers = -solution.equality_multipliers * (unit * scale_s)
     x_GIJ = problem.onto_sums(solution.x.reshape(problem.shape))
+    # The slope of x log x is 1 at even; with it in u, prices of 0 mean even.
+    slope_s = kl * even_s / problem.topology.num_ranks
     found = EntropicOptimum(
         x_GIJ,
         normalised(price_R),
-        problem.rank_prices_GI(multipliers),
+        problem.rank_prices_GI(multipliers) - slope_s,
         problem.column_prices_GJ(multipliers),
         objective(problem, kl, x_GIJ),
         -np.inf,
     )
     bound = objective_bound(problem, kl, found.price_R, found.rank_price_GI, found.column_price_GJ)
     found = replace(found, objective_bound=bound)
-    if not found.gap <= OBJECTIVE_GAP:
+    if not abs(found.gap) <= OBJECTIVE_GAP:
         raise TamoeError(
             f"the entropic target for kl {kl:g} is {found.gap:.1e} from its bound; allowed "
             f"{OBJECTIVE_GAP:.0e} (residual {solution.error:.1e})"
@@ -97,7 +99,8 @@ def objective_bound(
 ) -> float:
     """A lower bound on the objective of every admissible dispatch, for any prices.
 
-    The Lagrange dual: each x has its own minimum, at the clipped exponential.
+    The Lagrange dual with x log x - x, of equal sum over a row: each x has its own minimum, at the
+    clipped exponential.
     """
     y_R = normalised(price_R)
     even_s = problem.even_time_s
@@ -107,9 +110,9 @@ def objective_bound(
     cost_GIJ = (cost_GIJ - rank_price_GI[:, :, None] * problem.share_J) / even_s
     weight_J = kl * problem.share_J / problem.topology.num_ranks
     with np.errstate(over="ignore"):
-        x_GIJ = np.clip(np.exp(-1 - cost_GIJ / weight_J), problem.floor, problem.cap)
+        x_GIJ = np.clip(np.exp(-cost_GIJ / weight_J), problem.floor, problem.cap)
     logs = np.log(x_GIJ, where=x_GIJ > 0, out=np.zeros(problem.shape))
-    least = (x_GIJ * (cost_GIJ + weight_J * logs)).sum()
+    least = kl + (x_GIJ * (cost_GIJ + weight_J * (logs - 1))).sum()
     sums_s = rank_price_GI.sum() + problem.shape[1] * column_price_GJ.sum()
     return float((constant_s + sums_s) / even_s + least)
 

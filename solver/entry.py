@@ -16,7 +16,7 @@ from tamoe.solver.plan import Plan
 from tamoe.solver.problem import Problem, make_problem
 from tamoe.solver.workload import Workload
 from tamoe.topology.errors import InfeasibleError, InputError
-from tamoe.topology.graph import Topology
+from tamoe.topology.graph import MAX_DENSE_RANKS, Topology
 
 Method = Literal["exact", "entropic", "closed_form"]
 METHODS: tuple[Method, ...] = ("exact", "entropic", "closed_form")
@@ -151,6 +151,10 @@ def _check(
     for name, value, kind in (("topology", topology, Topology), ("workload", workload, Workload)):
         if not isinstance(value, kind):
             raise InputError(f"{name} is {value!r}; allowed: a {kind.__name__}")
+    if topology.num_ranks > MAX_DENSE_RANKS:
+        raise InputError(
+            f"topology has {topology.num_ranks} ranks; allowed: up to {MAX_DENSE_RANKS} (subset())"
+        )
     if method not in METHODS:
         raise InputError(f"method is {method!r}; allowed: {', '.join(METHODS)}")
     if exchange not in EXCHANGES:

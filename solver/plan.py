@@ -49,7 +49,8 @@ class Plan:
         other, every token takes an expert at most once, and the floor holds.
     link_prices
         ``[links]``, aligned with ``topology.links``: an optimal dual, of which there may be
-        several. With 1 % more bandwidth a link saves its price times its share of 1 % of the time.
+        several. 1 % more bandwidth on link l saves ``price_l · (T - A_l) · 1 %`` of the least time
+        T, A being the link's constant cost. For ``closed_form`` they are the exact problem's.
     pair_prices
         ``(source, target, price)`` of ranks that copy to themselves and of single flows slower
         than their links.

@@ -15,7 +15,8 @@ import numpy as np
 
 from tamoe.solver import Workload
 from tamoe.topology.build import add_link, as_pairwise, from_matrices, from_tree
-from tamoe.topology.graph import Link, Pair, Topology
+from tamoe.topology.graph import Topology
+from tamoe.topology.link import Link, Pair
 
 KINDS = ("shared tree", "pairwise tree", "matrices", "digraph", "slow node", "one node", "one rank")
 
@@ -38,8 +39,10 @@ def random_case(seed: int, max_ranks: int = 8) -> Case:
     kind = KINDS[seed % len(KINDS)]
     topology = _with_extras(_topology(kind, rng, max_ranks), rng)
     workload = _workload(topology.num_ranks, rng)
+    priced = all(topology.route(rank, rank) for rank in range(topology.num_ranks))
     if rng.random() < 0.6:
-        return Case(seed, kind, topology, workload, float(rng.choice([0, 0, 0.1, 0.5])), "intra")
+        floor = float(rng.choice([0, 0, 0.1, 0.5] if priced else [0.1, 0.5]))
+        return Case(seed, kind, topology, workload, floor, "intra")
     # Without a floor, keeping everything local would be the answer; that has its own test.
     known = topology.copy_bytes_per_s is not None
     self_send = "copy" if known else "free"

@@ -89,11 +89,11 @@ def test_simplex_and_interior_point_agree(seed: int) -> None:
     if scale_s < 1e-9 * problem.even_time_s:
         return
     one, other = _simplex(problem, scale_s), _interior(problem, scale_s)
-    assert one.lower_bound_s == pytest.approx(other.lower_bound_s, rel=1e-8)
-    assert one.time_s == pytest.approx(other.time_s, rel=1e-8)
+    assert one.lower_bound_s == pytest.approx(other.lower_bound_s, rel=1e-7)
+    assert one.time_s == pytest.approx(other.time_s, rel=1e-7)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 139), data=st.data())
 def test_bound_holds_for_any_prices(seed: int, data: st.DataObject) -> None:
     case = random_case(seed)
@@ -107,12 +107,13 @@ def test_bound_holds_for_any_prices(seed: int, data: st.DataObject) -> None:
 
 
 def test_bound_is_tight_only_at_optimal_prices() -> None:
-    topology = Topology.from_tree("4x2", bandwidth_bytes_per_s=(1.0, 0.1), contention="pairwise")
+    topology = Topology.from_tree("[4,2]", bandwidth_bytes_per_s=(1.0, 0.1), contention="pairwise")
     problem = make_problem(topology, PAPER, 0.0, "intra")
     best = least_time(problem)
     found = lower_bound_s(problem, best.price_R, best.column_price_GJ)
     assert found == pytest.approx(best.time_s, rel=1e-12)
-    assert lower_bound_s(problem, best.price_R[::-1], best.column_price_GJ) < 0.99 * found
+    same_for_all = np.ones(len(best.price_R))
+    assert lower_bound_s(problem, same_for_all, best.column_price_GJ) < 0.99 * found
 
 
 def test_price_is_what_bandwidth_saves() -> None:
@@ -159,19 +160,19 @@ def test_cap_makes_the_plan_routable() -> None:
     # k = 2 with one expert a rank: at most half of a rank's tokens can go to its own expert.
     topology = Topology.from_tree("4x1", bandwidth_bytes_per_s=(1e12, 1e6))
     plan = solve(topology, Workload(tokens_per_rank=100, top_k=2))
-    assert plan.target_PN.max() == 100
-    np.testing.assert_allclose(plan.target_PN.diagonal(), 100)
+    assert plan.target_PN.max() <= 100
+    np.testing.assert_allclose(plan.target_PN.diagonal(), 100, rtol=1e-5)
 
 
 @pytest.mark.parametrize("self_send", ["free", "copy"])
 def test_all_local_is_refused_with_advice(self_send: str) -> None:
-    topology = Topology.from_tree("2x2", bandwidth_bytes_per_s=(1e10, 1e8))
+    topology = Topology.from_tree("4x1", bandwidth_bytes_per_s=(1e10, 1e8))
     topology = dataclasses.replace(topology, copy_bytes_per_s=1e12)
     workload = Workload(tokens_per_rank=100, top_k=1)
     with pytest.raises(InfeasibleError, match="floor > 0, or method 'entropic' with kl > 0"):
         solve(topology, workload, self_send=self_send)
     plan = solve(topology, workload, self_send=self_send, floor=0.2)
-    assert plan.level_shares()[0] == pytest.approx(1 - 3 * 0.2 / 4, rel=1e-3)
+    assert plan.level_shares()[0] == pytest.approx(1 - 3 * 0.2 / 4, rel=1e-5)
     entropic = solve(topology, workload, method="entropic", kl=0.1, self_send=self_send)
     assert 0.25 < entropic.level_shares()[0] < 1
 
@@ -187,7 +188,8 @@ def test_latency_bound_is_said() -> None:
     covered = solve(dataclasses.replace(topology, graph=graph), Workload(1, 1))
     assert covered.link_prices.tolist() == [0.0] * len(topology.links)
     assert "latency-bound, steering cannot help" in covered.notes[0]
-    assert [limit.name for limit in covered.bottlenecks][-1] == "latency"
+    assert covered.bottlenecks[0].name == "latency"
+    assert covered.bottlenecks[0].price == 1.0
 
 
 def test_burst_is_a_credit_on_every_link() -> None:
@@ -197,10 +199,12 @@ def test_burst_is_a_credit_on_every_link() -> None:
     bursty = dataclasses.replace(topology, graph=graph)
     workload = Workload(tokens_per_rank=1000, top_k=1, hidden_size=50)
     times = link_times_s(bursty, workload, np.full((2, 2), 500))
-    by_name = {link.source: t for link, t in zip(bursty.links, times, strict=True)}
-    assert by_name["nic0"] < by_name["nic1"]
-    up = next(i for i, link in enumerate(bursty.links) if link.source == "nic0" and link.level == 1)
-    assert times[up] == pytest.approx((50_000 - 20_000) / 1e6)
+    by_name = {(a.source, a.target): t for a, t in zip(bursty.links, times, strict=True)}
+    # 500 tokens of 100 bytes leave each node.
+    assert by_name["nic1", "switch0"] == pytest.approx(50_000 / 1e6)
+    assert by_name["nic0", "switch0"] == pytest.approx((50_000 - 20_000) / 1e6)
+    few = link_times_s(bursty, workload, np.full((2, 2), 1))
+    assert few.min() == 0  # the credit is larger than the load, and no link ends before it begins
 
 
 def test_combine_is_dispatch_of_the_reversed_traffic() -> None:
@@ -211,6 +215,20 @@ def test_combine_is_dispatch_of_the_reversed_traffic() -> None:
     back = exchange_time_s(topology, workload, counts_PN, direction="combine")
     assert back == exchange_time_s(topology, workload, counts_PN.T)
     assert back != exchange_time_s(topology, workload, counts_PN)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_sums_are_restored_within_the_bounds(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    topology = Topology.from_tree(6, bandwidth_bytes_per_s=(1e9,))
+    workload = Workload(tokens_per_rank=100, top_k=2, placement=(0, 0, 1, 2, 4, 4, 5))
+    problem = make_problem(topology, workload, 0.1, "intra")
+    x_GIJ = even_most(problem, problem.even_time_s) * (1 + 0.3 * (rng.random((1, 6, 5)) - 0.5))
+    x_GIJ[0, 0, 0] = 0.1
+    restored = problem.onto_sums(problem.onto_sums(x_GIJ))
+    np.testing.assert_allclose(restored.mean(axis=1), 1, rtol=1e-13)
+    np.testing.assert_allclose((problem.share_J * restored).sum(axis=2), 1, rtol=1e-13)
+    assert restored[0, 0, 0] == 0.1 and restored.min() >= 0.1 and restored.max() <= problem.cap
 
 
 def test_even_most_refuses_nothing_it_cannot_reach() -> None:
