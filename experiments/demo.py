@@ -1,0 +1,361 @@
+"""The whole chain on one machine: emulate, probe, solve, train in turns, report.
+
+``tamoe demo`` runs it. Two settings are trained by default, alike but for their links: a steep
+one, where the exchange takes most of the even step, and one where it takes the share that
+measurements on real clusters were published for (up to 67 % of the time). Everything measured
+here is *emulated*: real traffic on shaped links.
+
+A run that is stopped keeps what it measured, with figures and page.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import numpy as np
+
+from tamoe.experiments.results import (
+    Document,
+    all_settings,
+    assemble,
+    complete_setting,
+    load_results,
+    save_results,
+)
+from tamoe.topology.errors import InputError, StoppedError
+from tamoe.topology.formats import topology_from_document, topology_to_document
+from tamoe.topology.graph import Topology
+from tamoe.topology.spec import ClusterSpec
+from tamoe.topology.units import format_time
+
+STEEP = "4x2:50mbit"
+PUBLISHED = "4x2:160mbit"
+KLS = (0.5, 0.3)  # keep about four fifths, and nineteen twentieths, of the tokens in the node
+STEPS_ALLOWED = "a whole number >= 12"
+_BUDGET_S = {STEEP: 175.0, PUBLISHED: 90.0}  # of training, so that all of it takes six minutes
+_OTHER_BUDGET_S = 240.0
+_TIMEOUT_S = 3600.0
+
+
+def run_demo(
+    cluster: str = STEEP,
+    out: str | os.PathLike[str] = "tamoe-demo",
+    *,
+    steps: int | None = None,
+    text: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+) -> Document:
+    """Run the chain and write ``results.json``, ``figures/`` and ``report.html``.
+
+    Parameters
+    ----------
+    cluster
+        Emulated cluster. The default one is followed by the setting of a published share.
+    out
+        Folder to write to; made if needed.
+    steps
+        Training steps of each strategy, >= 12; None: as many as fit six minutes on two cores.
+    text
+        UTF-8 text to train on; None for the one that is shipped.
+    seed
+        Of initial values and data order, >= 0.
+
+    Returns
+    -------
+    dict
+        The document of ``results.json``, see :mod:`tamoe.experiments.results`.
+
+    Raises
+    ------
+    InputError
+        An argument is out of range or the text is too short or not text.
+    StoppedError
+        Ctrl-C; what was measured is written.
+    """
+    began_s = time.monotonic()
+    folder = Path(out)
+    settings = _settings(cluster)
+    _check(settings, folder, steps, text, seed)
+    about = {"command": _command(cluster, out, steps, text, seed), "made": _made()}
+    done: list[Document] = []
+    try:
+        for name, spec in settings:
+            setting = _run_setting(
+                _new_setting(name, spec), done, about, folder, steps=steps, text=text, seed=seed
+            )
+            done.append(setting)
+            save_results(folder / "results.json", assemble(done, about))
+    except (KeyboardInterrupt, StoppedError):
+        kept = _finish(folder, began_s)
+        raise StoppedError(
+            f"demo stopped; what was measured is in {folder}"
+            if kept
+            else "demo stopped before anything was measured"
+        ) from None
+    document = _finish(folder, began_s)
+    assert document is not None
+    _print_end(document, folder)
+    return document
+
+
+# ---- one setting ------------------------------------------------------------------------------
+
+
+def _run_setting(
+    setting: Document,
+    done: list[Document],
+    about: Document,
+    folder: Path,
+    *,
+    steps: int | None,
+    text: str | os.PathLike[str] | None,
+    seed: int,
+) -> Document:
+    """Probe, solve and train; the ranks write results.json as they go."""
+    from tamoe.experiments.strategies import default_strategies
+    from tamoe.experiments.train import Job, train_rank
+    from tamoe.experiments.trainee import TrainConfig
+    from tamoe.probe_command import run_probe
+    from tamoe.solver import Workload, solve
+    from tamoe.topology.ranks import run_ranks
+
+    spec, name = setting["cluster"], setting["setting"]
+    own = folder / name.replace(" ", "-")
+    own.mkdir(parents=True, exist_ok=True)
+    began_s = time.monotonic()
+    topology = run_probe(spec, own / "topology.json")
+    assert topology is not None  # None only inside a running job
+    setting["topology"] = topology_to_document(topology)
+    setting["probe_s"] = time.monotonic() - began_s
+    config = TrainConfig(seed=seed)
+    workload = Workload(
+        tokens_per_rank=config.tokens_per_rank,
+        top_k=config.top_k,
+        hidden_size=config.hidden_size,
+        element_bytes=4,
+        experts_per_rank=config.experts_per_rank,
+    )
+    # Exchanges follow each other closely, so plans are made for the rates that links sustain.
+    sustained = with_credit_of(topology, pause_s=0.0)
+    plans = {kl: solve(sustained, workload, method="entropic", kl=kl) for kl in KLS}
+    for kl, plan in plans.items():
+        plan.save(own / f"plan-kl{kl:g}.json")
+    setting["workload"] = _workload(config, workload, topology, text)
+    job = Job(
+        setting=setting,
+        before=tuple(done),
+        about=about,
+        results_path=(folder / "results.json").absolute(),
+        topology=topology,
+        strategies=default_strategies(KLS),
+        plans=plans,
+        config=config,
+        text=None if text is None else Path(text).absolute(),
+        steps=steps,
+        budget_s=_BUDGET_S.get(spec, _OTHER_BUDGET_S),
+        progress_name=f"train {spec}",
+    )
+    filled: Document = run_ranks(spec, train_rank, job, timeout_s=_TIMEOUT_S)[0]
+    return filled
+
+
+def _new_setting(name: str, spec: str) -> Document:
+    return {
+        "setting": name,
+        "cluster": spec,
+        "label": "emulated",
+        "nodes": [list(ranks) for ranks in ClusterSpec.parse(spec).nodes],
+        "steps": 0,
+        "strategies": [],
+        "complete": False,
+    }
+
+
+def _workload(
+    config: Any, workload: Any, topology: Topology, text: str | os.PathLike[str] | None
+) -> Document:
+    from tamoe.experiments.text import load_text
+
+    corpus = load_text(text)
+    return {
+        **dataclasses.asdict(workload),
+        **dataclasses.asdict(config),
+        "num_ranks": topology.num_ranks,
+        "num_experts": workload.num_experts(topology.num_ranks),
+        "vocabulary_size": corpus.vocabulary_size,
+        "text": corpus.source,
+    }
+
+
+# ---- what follows from the measurements -------------------------------------------------------
+
+
+def predict_exchanges(part: Document) -> None:
+    """Fill in what the cost model says of the counts that were reached, and of the targets.
+
+    A link's burst credit refills while nothing is sent. So each exchange starts with what one pause
+    brings back: in training the ranks' computing, alone the agreement on counts.
+    """
+    from tamoe.solver import Workload
+
+    if not part.get("topology") or not part.get("workload"):
+        return
+    topology = topology_from_document(part["topology"], "results: topology")
+    names = [field.name for field in dataclasses.fields(Workload)]
+    workload = Workload(**{name: part["workload"][name] for name in names})
+    layers = part["workload"]["num_blocks"]
+    pause_s = part.get("compute_step_s", 0.0) / (4 * layers)
+    for strategy in part["strategies"]:
+        for key, counts, pause in (
+            ("predicted_exchange_s", strategy["counts_PN"], pause_s),
+            ("predicted_alone_s", strategy["counts_PN"], strategy["alone_pause_s"] or 0.0),
+            ("target_exchange_s", strategy["target_PN"], pause_s),
+        ):
+            if counts is not None:
+                counts_PN = np.asarray(counts)
+                strategy[key] = step_exchange_s(topology, workload, counts_PN, layers, pause)
+
+
+def step_exchange_s(
+    topology: Topology, workload: Any, counts_PN: np.ndarray, layers: int, pause_s: float
+) -> float:
+    """Simulated time of a step's exchanges: two each way for each layer, forward and backward."""
+    from tamoe.solver import exchange_time_s
+
+    paused = with_credit_of(topology, pause_s)
+    there = exchange_time_s(paused, workload, counts_PN, direction="dispatch")
+    back = exchange_time_s(paused, workload, counts_PN, direction="combine")
+    return 2 * layers * (there + back)
+
+
+def with_credit_of(topology: Topology, pause_s: float) -> Topology:
+    """The topology with the burst credit that each link regains in a pause."""
+    graph = nx.DiGraph(topology.graph)
+    for edge in graph.edges.values():
+        refilled = pause_s * edge["bandwidth_bytes_per_s"]
+        edge["burst_bytes"] = min(edge["burst_bytes"], refilled)
+    return dataclasses.replace(topology, graph=graph)
+
+
+def _finish(folder: Path, began_s: float) -> Document | None:
+    """Complete the results file, draw the figures and write the page."""
+    from tamoe.experiments.figures import draw_all
+    from tamoe.report import write_report
+
+    path = folder / "results.json"
+    if not path.exists():
+        return None
+    document = load_results(path)
+    for part in all_settings(document):
+        if part["strategies"]:
+            predict_exchanges(part)
+            complete_setting(part)
+    document["elapsed_s"] = time.monotonic() - began_s
+    save_results(path, document)
+    write_report(document, draw_all(document, folder / "figures"), folder / "report.html")
+    return document
+
+
+def _print_end(document: Document, folder: Path) -> None:
+    from tamoe.report import verdict
+
+    for part in all_settings(document):
+        if part.get("exchange_share") is None:
+            continue
+        print(
+            f"{part['cluster']} ({part['setting']}, emulated): even step "
+            f"{format_time(part['strategies'][0]['step_s'])}, f = {part['exchange_share']:.2f}, "
+            f"bound {part['speedup_bound']:.2f}x"
+        )
+        for strategy in part["strategies"]:
+            print(_line(strategy))
+        print(verdict(part))
+    print(f"{folder / 'report.html'} ({document['elapsed_s']:.0f} s in all)")
+
+
+def _line(strategy: Mapping[str, Any]) -> str:
+    reached = strategy.get("speedup_to_even_loss")
+    to_loss = "not reached" if reached is None else f"{reached:.2f}x"
+    return (
+        f"  {strategy['name']:<22}{strategy['tokens_per_s']:>8,.0f} tokens/s  "
+        f"{strategy['speedup_over_even']:.2f}x over even, to its loss {to_loss}, "
+        f"loss {strategy['val_loss_own']:.3f} ({strategy['val_loss_over_even']:+.1%})"
+    )
+
+
+# ---- arguments --------------------------------------------------------------------------------
+
+
+def _settings(cluster: str) -> list[tuple[str, str]]:
+    if cluster == STEEP:
+        return [("steep", STEEP), ("published share", PUBLISHED)]
+    return [("your cluster", str(ClusterSpec.parse(cluster)))]
+
+
+def _check(
+    settings: list[tuple[str, str]],
+    folder: Path,
+    steps: int | None,
+    text: str | os.PathLike[str] | None,
+    seed: int,
+) -> None:
+    from tamoe.experiments.text import check_room, load_text
+
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 12):
+        raise InputError(f"steps is {steps!r}; allowed: {STEPS_ALLOWED}, or None")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise InputError(f"seed is {seed!r}; allowed: a whole number from 0 to {2**32 - 1}")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output is {str(folder)!r}, a file; allowed: a folder, or a new name")
+    corpus = load_text(text)
+    for _, spec in settings:
+        parsed = ClusterSpec.parse(spec)
+        if parsed.num_nodes < 2:
+            raise InputError(
+                f"cluster is {spec!r}, one node; allowed: two nodes or more, since the demo is "
+                f"about the links between them"
+            )
+        check_room(corpus, num_ranks=parsed.num_ranks, length=128)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output: cannot make folder {folder}: {error.strerror}") from None
+    (folder / "results.json").unlink(missing_ok=True)
+
+
+def _command(
+    cluster: str,
+    out: str | os.PathLike[str],
+    steps: int | None,
+    text: str | os.PathLike[str] | None,
+    seed: int,
+) -> str:
+    words = ["tamoe", "demo", "-o", os.fspath(out)]
+    words += [] if cluster == STEEP else ["--cluster", cluster]
+    words += [] if steps is None else ["--steps", str(steps)]
+    words += [] if text is None else ["--text", os.fspath(text)]
+    words += [] if not seed else ["--seed", str(seed)]
+    return shlex.join(words)
+
+
+def _made() -> dict[str, Any]:
+    from importlib.metadata import version
+
+    import tamoe
+
+    return {
+        "tamoe": tamoe.__version__,
+        "torch": version("torch"),
+        "python": platform.python_version(),
+        "kernel": platform.release(),
+        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+    }

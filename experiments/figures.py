@@ -1,0 +1,308 @@
+"""The figures of the demo, drawn from its results document and nothing else.
+
+Every figure says in its title that the cluster is emulated. Colours are those of Okabe and Ito,
+told apart by colour-blind readers; curves differ in their line as well.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tamoe.experiments.results import all_settings, even_strategy, final_point
+from tamoe.topology.formats import topology_from_document
+from tamoe.topology.plot import draw_heatmap, draw_tree
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Setting = Mapping[str, Any]
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+_LINES = ("-", "--", "-.", (0, (4, 1, 1, 1, 1, 1)), ":")
+_GREY = "#5f6368"
+_WIDTH = 11.0  # inches, of every figure, so that all letters on the page have one size
+_SEQUENTIAL = "cividis"  # the same to colour-blind readers
+
+
+def draw_all(document: dict[str, Any], folder: Path) -> list[dict[str, str]]:
+    """Draw the figures of every setting and write them as SVG files.
+
+    Parameters
+    ----------
+    document
+        Results; a setting whose measurements are not complete gives the figures that it can.
+    folder
+        Where the files go.
+
+    Returns
+    -------
+    list of dict
+        For each figure ``setting``, ``name``, ``title``, ``caption``, ``path`` and ``data_uri``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for setting in all_settings(document):
+        for name, title, caption, figure in _figures(setting):
+            path = folder / f"{setting['setting'].replace(' ', '-')}-{name}.svg"
+            svg = _svg(figure)
+            path.write_bytes(svg)
+            uri = "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
+            entry = {"setting": setting["setting"], "name": name, "title": title}
+            drawn.append({**entry, "caption": caption, "path": str(path), "data_uri": uri})
+    return drawn
+
+
+def _figures(setting: Setting) -> Iterator[tuple[str, str, str, Figure]]:
+    measured = [s for s in setting["strategies"] if s["tokens_per_s"]]
+    if setting.get("topology"):
+        yield (
+            "links",
+            "Measured links",
+            "What the probe found: the rate of one flow alone between each pair of ranks (left), "
+            "the links that they share (right). Rates inside a node are those of this machine's "
+            "processors.",
+            links_figure(setting),
+        )
+    if any(s["target_PN"] for s in setting["strategies"]):
+        yield (
+            "dispatch",
+            "Dispatch: wanted and reached",
+            "Tokens that each rank (row) sends to each expert (column) in a step, relative to the "
+            "even dispatch. Above: the plan's target. Below: what the router did at the end of "
+            "training, mean of the layers. White lines separate nodes.",
+            dispatch_figure(setting),
+        )
+    if not measured or not even_strategy(setting)["tokens_per_s"]:
+        return
+    yield (
+        "throughput",
+        "Tokens per second",
+        "Training throughput of all ranks together. The line is the bound 1/(1 − f): the even run "
+        "with its exchange removed.",
+        throughput_figure(setting, measured),
+    )
+    yield (
+        "exchange",
+        "Exchange time: predicted and measured",
+        "Seconds a step in dispatch and combine, forward and backward, of all layers. Predicted: "
+        "the cost model on the measured links with the counts that were reached. Alone: the same "
+        "counts exchanged with nothing else running. In training: with the ranks' waiting for one "
+        "another.",
+        exchange_figure(measured),
+    )
+    curves = [s for s in measured if len(s["curve"]) > 1]
+    if curves:
+        yield (
+            "loss",
+            "Validation loss against steps and against time",
+            "The same runs twice. The thin line is the even run's final loss: where a curve meets "
+            "it on the right is the speed-up that contains the cost in quality.",
+            loss_figure(setting, curves),
+        )
+    complete = [s for s in measured if s["val_loss_own"] is not None]
+    if complete:
+        yield (
+            "quality",
+            "What it costs in quality",
+            "Validation loss after the same number of steps: on the rank's own held-out text, on "
+            "held-out text of another node's ranks, and on its own with all steering removed.",
+            quality_figure(complete),
+        )
+
+
+def links_figure(setting: Setting) -> Figure:
+    """Heatmap of measured pair bandwidths and the tree of shared links."""
+    topology = topology_from_document(dict(setting["topology"]), "results: topology")
+    figure = _figure(setting, _WIDTH, 4.6, "measured links")
+    left, right = figure.subplots(1, 2, width_ratios=[1, 1.15])
+    draw_heatmap(left, topology)
+    draw_tree(right, topology)
+    return figure
+
+
+def dispatch_figure(setting: Setting) -> Figure:
+    """Target and reached dispatch of every strategy, rank × expert, on one colour scale."""
+    strategies = setting["strategies"]
+    figure = _figure(
+        setting, 2.5 * len(strategies) + 1.2, 5.0, "tokens from each rank to each expert"
+    )
+    axes_grid = figure.subplots(2, len(strategies), squeeze=False, sharex=True, sharey=True)
+    shares = [_share_of_even(s[key]) for key in ("target_PN", "counts_PN") for s in strategies]
+    top = max((share.max() for share in shares if share is not None), default=1.0)
+    image = None
+    for axes, share in zip(axes_grid.flat, shares, strict=True):
+        if share is None:
+            axes.text(0.5, 0.5, "no target:\nbalance only", transform=axes.transAxes, ha="center",
+                      va="center", color=_GREY, fontsize=9)  # fmt: skip
+            axes.set(xticks=[], yticks=[])
+            axes.set_frame_on(False)
+            continue
+        image = axes.imshow(share, vmin=0, vmax=top, cmap=_SEQUENTIAL, aspect="auto")
+        _node_lines(axes, setting, share.shape[1])
+    for axes, strategy in zip(axes_grid[0], strategies, strict=True):
+        axes.set_title(_wrap(strategy["name"]), fontsize=10)
+    for axes, row in zip(axes_grid[:, 0], ("target", "reached"), strict=True):
+        axes.set_ylabel(f"{row}\nfrom rank", fontsize=10)
+    for axes in axes_grid[1]:
+        axes.set_xlabel("to expert")
+    if image is not None:
+        bar = figure.colorbar(image, ax=axes_grid, fraction=0.03, pad=0.01)
+        bar.set_label("tokens, relative to even")
+    return figure
+
+
+def throughput_figure(setting: Setting, strategies: Sequence[Mapping[str, Any]]) -> Figure:
+    """Tokens per second as bars, with the bound of a free exchange."""
+    figure = _figure(setting, _WIDTH, 0.5 * len(strategies) + 1.6, "training throughput")
+    axes = figure.subplots()
+    rates = [s["tokens_per_s"] / 1e3 for s in strategies]
+    names = [s["name"] for s in strategies]
+    bars = axes.barh(names, rates, color=[_colour(i) for i in range(len(names))], height=0.62)
+    labels = [
+        f"{rate:.1f}  ({s['speedup_over_even']:.2f}×)"
+        for rate, s in zip(rates, strategies, strict=True)
+    ]
+    axes.bar_label(bars, labels, padding=5, fontsize=10)
+    limit = max(rates)
+    if setting.get("speedup_bound"):
+        bound = even_strategy(setting)["tokens_per_s"] / 1e3 * setting["speedup_bound"]
+        limit = max(limit, bound)
+        axes.axvline(bound, color=_GREY, linestyle="--", linewidth=1.3)
+        text = f"bound {setting['speedup_bound']:.2f}×\n(f = {setting['exchange_share']:.2f})"
+        axes.text(bound, -0.75, text, color=_GREY, ha="center", va="bottom", fontsize=9)
+    axes.invert_yaxis()
+    axes.set(xlabel="thousand tokens per second (emulated)", xlim=(0, 1.22 * limit))
+    axes.set_ylim(len(names) - 0.5, -0.65)
+    _plain(axes)
+    return figure
+
+
+def exchange_figure(strategies: Sequence[Mapping[str, Any]]) -> Figure:
+    """Exchange seconds a step: predicted, alone, in training."""
+    kinds = (
+        ("predicted_exchange_s", "predicted (simulated)", "#e69f00"),
+        ("exchange_alone_s", "measured alone (emulated)", "#56b4e9"),
+        ("exchange_s", "measured in training (emulated)", "#0072b2"),
+    )
+    figure = _figure(None, _WIDTH, 3.8, "exchange time per step")
+    axes = figure.subplots()
+    position = np.arange(len(strategies))
+    for offset, (key, label, colour) in zip((-0.27, 0.0, 0.27), kinds, strict=True):
+        values = [s[key] or 0.0 for s in strategies]
+        bars = axes.bar(position + offset, values, width=0.25, color=colour, label=label)
+        axes.bar_label(bars, [f"{v:.2f}" for v in values], fontsize=8, padding=2)
+    axes.set_xticks(position, [_wrap(s["name"]) for s in strategies])
+    axes.set(ylabel="seconds a step")
+    axes.margins(y=0.12)
+    axes.legend(frameon=False, fontsize=9)
+    _plain(axes)
+    return figure
+
+
+def loss_figure(setting: Setting, strategies: Sequence[Mapping[str, Any]]) -> Figure:
+    """Validation loss against steps (left) and against training time (right)."""
+    figure = _figure(setting, _WIDTH, 4.4, "validation loss")
+    by_step, by_time = figure.subplots(1, 2, sharey=True)
+    for number, strategy in enumerate(strategies):
+        losses = [point["val_loss"] for point in strategy["curve"]]
+        style: dict[str, Any] = {
+            "color": _colour(number),
+            "linestyle": _LINES[number % len(_LINES)],
+        }
+        style.update(linewidth=2, label=strategy["name"])
+        by_step.plot([point["step"] for point in strategy["curve"]], losses, **style)
+        by_time.plot([point["time_s"] for point in strategy["curve"]], losses, **style)
+    end = final_point(even_strategy(setting))
+    for axes, label in ((by_step, "steps"), (by_time, "seconds of training (emulated)")):
+        if end is not None:
+            axes.axhline(end["val_loss"], color=_GREY, linewidth=0.8)
+        axes.set_xlabel(label)
+        axes.set_xlim(left=0)
+        _plain(axes)
+    by_step.set_ylabel("validation loss, nats a byte")
+    by_time.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def quality_figure(strategies: Sequence[Mapping[str, Any]]) -> Figure:
+    """The three validation losses of every strategy."""
+    kinds = (
+        ("val_loss_own", "own ranks", "o", "#0072b2"),
+        ("val_loss_foreign", "sent from other nodes", "s", "#d55e00"),
+        ("val_loss_no_bias", "steering removed", "D", "#009e73"),
+    )
+    height = 0.5 * len(strategies) + 1.5
+    figure = _figure(None, _WIDTH, height, "validation loss at equal steps")
+    axes = figure.subplots()
+    for offset, (key, label, marker, colour) in zip((-0.2, 0.0, 0.2), kinds, strict=True):
+        position = np.arange(len(strategies)) + offset
+        values = [s[key] if s[key] is not None else np.nan for s in strategies]
+        axes.scatter(values, position, marker=marker, color=colour, s=46, label=label, zorder=3)
+    axes.set_yticks(range(len(strategies)), [s["name"] for s in strategies])
+    axes.set_ylim(len(strategies) - 0.5, -0.5)
+    axes.set_xlabel("validation loss, nats a byte (emulated; lower is better)")
+    axes.grid(axis="y", visible=False)
+    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    _plain(axes, grid="x")
+    return figure
+
+
+# ---- shared pieces ----------------------------------------------------------------------------
+
+
+def _figure(setting: Setting | None, width: float, height: float, title: str) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    where = f"{setting['cluster']}, emulated" if setting is not None else "emulated"
+    figure.suptitle(f"{title} ({where})", fontsize=12)
+    return figure
+
+
+def _svg(figure: Figure) -> bytes:
+    import matplotlib as mpl
+
+    content = io.BytesIO()
+    with mpl.rc_context({"svg.hashsalt": "tamoe", "font.size": 10}):
+        figure.savefig(content, format="svg", metadata={"Date": None})
+    return content.getvalue()
+
+
+def _share_of_even(counts_PN: Sequence[Sequence[float]] | None) -> np.ndarray | None:
+    if counts_PN is None:
+        return None
+    counts = np.asarray(counts_PN, dtype=np.float64)
+    return np.asarray(counts / max(counts.mean(), 1e-30))
+
+
+def _node_lines(axes: Axes, setting: Setting, num_experts: int) -> None:
+    num_ranks = sum(len(ranks) for ranks in setting["nodes"])
+    rank = 0
+    for ranks in setting["nodes"][:-1]:
+        rank += len(ranks)
+        axes.axhline(rank - 0.5, color="white", linewidth=1)
+        axes.axvline(rank * num_experts / num_ranks - 0.5, color="white", linewidth=1)
+    axes.set_yticks(range(0, num_ranks, max(1, num_ranks // 8)))
+
+
+def _plain(axes: Axes, grid: str = "y") -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    wanted: Callable[..., None] = axes.grid
+    if axes.get_xlabel().startswith("thousand"):
+        grid = "x"
+    wanted(axis=grid, color="#e4e6e8", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _colour(number: int) -> str:
+    return _COLOURS[number % len(_COLOURS)]
+
+
+def _wrap(name: str) -> str:
+    return name.replace(" ", "\n", 1)

@@ -1,0 +1,168 @@
+"""What the demo measures, as one JSON document, and what follows from it by arithmetic.
+
+A *setting* is one emulated cluster with everything that was trained on it. The document's top level
+is the first setting; further ones are listed under ``settings`` with the same keys. Times are in
+seconds, losses in nats a byte. Keys are added over time and never renamed.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tamoe.topology.documents import read_document, write_document
+from tamoe.topology.errors import InputError
+
+SCHEMA = "tamoe.results"
+SCHEMA_VERSION = "1.0"
+Document = dict[str, Any]
+
+
+def save_results(path: Path, document: Mapping[str, Any]) -> None:
+    """Write the document; a reader never sees half of it."""
+    write_document(path, {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **document})
+
+
+def load_results(path: Path) -> Document:
+    """Read a document that :func:`save_results` wrote.
+
+    Raises
+    ------
+    InputError
+        The file is missing, truncated or of another schema.
+    """
+    return read_document(path, SCHEMA, SCHEMA_VERSION)
+
+
+def assemble(settings: Sequence[Document], about: Mapping[str, Any]) -> Document:
+    """One document from settings in the order in which they ran, and how they were made."""
+    first, *others = settings
+    return {**about, **first, "settings": others}
+
+
+def all_settings(document: Document) -> list[Document]:
+    """The first setting, which is the document itself, and those beside it."""
+    return [document, *document.get("settings", ())]
+
+
+def even_strategy(setting: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The baseline: the strategy whose name begins with ``even``.
+
+    Raises
+    ------
+    InputError
+        There is none.
+    """
+    for strategy in setting["strategies"]:
+        if strategy["name"].startswith("even"):
+            return strategy
+    names = [strategy["name"] for strategy in setting["strategies"]]
+    raise InputError(f"strategies are {names}; one must begin with 'even': the baseline")
+
+
+def time_to_loss(curve: Sequence[Mapping[str, float]], loss: float) -> float | None:
+    """When a curve first reaches a loss, straight lines drawn between its points.
+
+    Parameters
+    ----------
+    curve
+        Points with ``time_s`` and ``val_loss``, in the order of time.
+    loss
+        The loss to reach.
+
+    Returns
+    -------
+    float or None
+        Seconds of training; None where the curve stays above.
+
+    Examples
+    --------
+    >>> curve = [{"time_s": 0.0, "val_loss": 4.0}, {"time_s": 10.0, "val_loss": 2.0}]
+    >>> time_to_loss(curve, 3.0), time_to_loss(curve, 1.0)
+    (5.0, None)
+    """
+    before: Mapping[str, float] | None = None
+    for point in curve:
+        if point["val_loss"] <= loss:
+            if before is None:
+                return point["time_s"]
+            drop = before["val_loss"] - point["val_loss"]
+            part = (before["val_loss"] - loss) / drop
+            return before["time_s"] + part * (point["time_s"] - before["time_s"])
+        before = point
+    return None
+
+
+def complete_setting(setting: Document) -> Document:
+    """Fill in what follows from the measurements: speed-ups, the exchange's share and the bound.
+
+    The bound is what no exchange can beat: the even step over the step with the exchange removed,
+    1/(1 − f). A strategy that was not measured yet keeps nulls.
+    """
+    even = even_strategy(setting)
+    if even["step_s"] and setting.get("compute_step_s"):
+        share = max(0.0, 1 - setting["compute_step_s"] / even["step_s"])
+        setting["exchange_share"] = share
+        setting["speedup_bound"] = 1 / (1 - share)
+    end = final_point(even)
+    for strategy in setting["strategies"]:
+        if strategy["tokens_per_s"] and even["tokens_per_s"]:
+            strategy["speedup_over_even"] = strategy["tokens_per_s"] / even["tokens_per_s"]
+        if end is None or strategy["val_loss_own"] is None:
+            continue
+        reached_s = time_to_loss(strategy["curve"], end["val_loss"])
+        strategy["time_to_even_loss_s"] = reached_s
+        if reached_s:
+            strategy["speedup_to_even_loss"] = end["time_s"] / reached_s
+        strategy["val_loss_over_even"] = strategy["val_loss_own"] / even["val_loss_own"] - 1
+    return setting
+
+
+def final_point(even: Mapping[str, Any]) -> Mapping[str, float] | None:
+    """The end of the even run's curve; None where the run ended early.
+
+    Curves are drawn on fewer held-out batches than the losses at the end, so the loss to reach is
+    the curve's.
+    """
+    return even["curve"][-1] if even["val_loss_own"] is not None else None
+
+
+def empty_strategy(name: str, kind: str, kl: float | None, router: str) -> Document:
+    """A strategy's entry before anything was measured."""
+    numbers = (
+        "tokens_per_s",
+        "step_s",
+        "exchange_s",
+        "predicted_exchange_s",
+        "remote_share",
+        "val_loss_own",
+        "val_loss_foreign",
+        "val_loss_no_bias",
+        "allreduce_s",
+        "speedup_over_even",
+        "time_to_even_loss_s",
+        "speedup_to_even_loss",
+        "val_loss_over_even",
+        "exchange_alone_s",
+        "alone_pause_s",
+        "predicted_alone_s",
+        "target_exchange_s",
+        "dropped_share",
+        "busiest_expert",
+    )
+    fixed = {"name": name, "kind": kind, "kl": kl, "router": router}
+    return {**fixed, **dict.fromkeys(numbers), "counts_PN": None, "target_PN": None, "curve": []}
+
+
+def median_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Median, and half the distance between the quartiles.
+
+    >>> median_and_spread([1.0, 2.0, 3.0, 4.0, 100.0])
+    (3.0, 25.25)
+    """
+    if len(values) < 2:
+        return (values[0], 0.0) if values else (0.0, 0.0)
+    low, _, high = statistics.quantiles(values, n=4)
+    return statistics.median(values), (high - low) / 2

@@ -1,0 +1,276 @@
+"""What every rank of the demo runs: train all strategies in turns and measure each.
+
+Strategies take turns of a few steps, in an order that rotates, so that noise of the machine hits
+all alike. One more trainee has its exchange removed: it gives the step that is left, hence the
+exchange's share f and the bound 1/(1 − f).
+
+Rank 0 writes the results file after every round, so a run that is stopped keeps what it measured.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tamoe.exchange import Exchange
+from tamoe.experiments.results import (
+    Document,
+    assemble,
+    empty_strategy,
+    median_and_spread,
+    save_results,
+)
+from tamoe.experiments.strategies import Strategy
+from tamoe.experiments.text import load_text
+from tamoe.experiments.trainee import StepTimes, TrainConfig, Trainee
+from tamoe.progress import progress_line
+from tamoe.record import record_exchanges
+from tamoe.solver.plan import Plan
+from tamoe.topology.graph import Topology
+
+TURN_STEPS = 4  # of one strategy before the next one's turn
+CURVE_BATCHES = (0, 1)  # held-out batches of the points of a curve
+FINAL_BATCHES = (0, 1, 2, 3)  # and of the three losses at the end
+ROUNDS_TO_ESTIMATE = 3  # turns of every strategy before the number of steps is fixed
+MORE_STEPS = 0.5  # at most, for strategies that have not reached the even run's final loss
+ALONE_REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the ranks get."""
+
+    setting: Document  # the entry that this job fills
+    before: tuple[Document, ...]  # settings that are done; they stand before it in the file
+    about: Document  # how the file was made
+    results_path: Path
+    topology: Topology
+    strategies: tuple[Strategy, ...]
+    plans: dict[float, Plan]  # by kl
+    config: TrainConfig = field(default_factory=TrainConfig)
+    text: Path | None = None
+    steps: int | None = None  # None: as many as fit the budget
+    budget_s: float = 120.0
+    progress_name: str = "train"
+
+
+def train_rank(rank: int, job: Job) -> Document:
+    """Train and measure all strategies; the job's setting, filled in."""
+    return _Run(rank, job).run()
+
+
+class _Run:
+    """The state of one rank's run."""
+
+    def __init__(self, rank: int, job: Job) -> None:
+        self.began_s = time.perf_counter()
+        self.rank, self.job = rank, job
+        corpus = load_text(job.text)
+        flat, none = Exchange(job.topology), Exchange(job.topology, kind="none")
+        self.exchange = flat
+
+        def trainee(strategy: Strategy, exchange: Exchange) -> Trainee:
+            plan = None if strategy.kl is None else job.plans[strategy.kl]
+            return Trainee(strategy, job.config, corpus, exchange, plan)
+
+        self.trainees = [trainee(strategy, flat) for strategy in job.strategies]
+        self.compute = trainee(job.strategies[0], none)
+        self.times: dict[str, list[StepTimes]] = {t.strategy.name: [] for t in self.trainees}
+        self.compute_times: list[StepTimes] = []
+        self.setting = job.setting
+        self.entries = [_entry(strategy, job.plans) for strategy in job.strategies]
+        self.setting["strategies"] = self.entries
+        self.show = progress_line(job.progress_name)
+
+    def run(self) -> Document:
+        self._measure_curves()
+        rounds, number = self._rounds(None), 0
+        while number < rounds:
+            self._round(number)
+            number += 1
+            if number == min(ROUNDS_TO_ESTIMATE, rounds):
+                rounds = self._rounds(number)
+            if number % 2 == 0 or number == rounds:
+                self._measure_curves()
+            self.setting["steps"] = number * TURN_STEPS
+            self._save()
+            left_s = (time.perf_counter() - self.began_s) / number * (rounds - number)
+            self._progress("steps", number * TURN_STEPS, rounds * TURN_STEPS, left_s)
+        self._measure_quality()
+        self._measure_alone()
+        self._save()
+        self._reach_even_loss()
+        self.setting["complete"] = True
+        self.setting["memory_bytes"] = _memory_of_all_ranks()
+        self.setting["training_s"] = time.perf_counter() - self.began_s
+        self._save()
+        return self.setting
+
+    # ---- turns --------------------------------------------------------------------------------
+
+    def _round(self, number: int) -> None:
+        """A turn of every strategy, and one without exchange."""
+        shift = number % len(self.trainees)
+        for trainee in self.trainees[shift:] + self.trainees[:shift]:
+            times = self._turn(trainee)
+            if number * TURN_STEPS >= self.job.config.warmup_steps:
+                self.times[trainee.strategy.name] += times
+        times = self._turn(self.compute)
+        if number:
+            self.compute_times += times
+
+    def _turn(self, trainee: Trainee) -> list[StepTimes]:
+        """A few steps; the times are means over the ranks."""
+        dist.barrier()
+        times = torch.tensor([trainee.train_step() for _ in range(TURN_STEPS)])
+        return [StepTimes(*row) for row in trainee.mean_of_ranks(times).tolist()]
+
+    def _rounds(self, done: int | None) -> int:
+        """How many rounds there will be: asked before the first one and once more after a few."""
+        if self.job.steps is not None:
+            return -(-self.job.steps // TURN_STEPS)
+        if done is None:
+            return ROUNDS_TO_ESTIMATE
+        used_s = time.perf_counter() - self.began_s
+        # Losses at the end, and steps beyond the even run's, take about three rounds.
+        rounds = int(self.job.budget_s / (used_s / done)) - 3
+        chosen = torch.tensor(max(rounds, done))
+        dist.broadcast(chosen, 0)
+        return int(chosen)
+
+    # ---- measurements -------------------------------------------------------------------------
+
+    def _measure_curves(self) -> None:
+        for trainee, entry in zip(self.trainees, self.entries, strict=True):
+            self._measure_point(trainee, entry)
+
+    def _measure_point(self, trainee: Trainee, entry: Document) -> None:
+        loss = trainee.validate(CURVE_BATCHES)
+        time_s = float(trainee.mean_of_ranks(torch.tensor(trainee.seconds)))
+        entry["curve"].append({"step": trainee.steps, "time_s": time_s, "val_loss": loss})
+
+    def _measure_quality(self) -> None:
+        """The three validation losses, at equal steps."""
+        for number, (trainee, entry) in enumerate(zip(self.trainees, self.entries, strict=True)):
+            own = trainee.validate(FINAL_BATCHES)
+            entry["val_loss_own"] = own
+            entry["val_loss_foreign"] = trainee.validate(FINAL_BATCHES, foreign=True)
+            steered = trainee.strategy.kl is not None
+            entry["val_loss_no_bias"] = (
+                trainee.validate(FINAL_BATCHES, steered=False) if steered else own
+            )
+            self._progress("validated", number + 1, len(self.entries), None)
+
+    def _measure_alone(self) -> None:
+        """The exchange with the counts that were reached and nothing else running."""
+        for trainee, entry in zip(self.trainees, self.entries, strict=True):
+            self._measure_alone_of(trainee, entry)
+
+    def _measure_alone_of(self, trainee: Trainee, entry: Document) -> None:
+        counts_N = trainee.counts_N.round().long()
+        index_T1 = torch.repeat_interleave(torch.arange(len(counts_N)), counts_N)[:, None]
+        x_TD = torch.ones(len(index_T1), self.job.config.hidden_size)
+        with torch.no_grad():
+            self._there_and_back(x_TD, index_T1, len(counts_N))  # drains the links' credit
+            dist.barrier()
+            began_s = time.perf_counter()
+            with record_exchanges() as record:
+                for _ in range(ALONE_REPEATS):
+                    self._there_and_back(x_TD, index_T1, len(counts_N))
+            pause_s = time.perf_counter() - began_s - record.exchange_s + record.phase_s("counts")
+        moved_s = record.exchange_s - record.phase_s("counts")
+        mean = trainee.mean_of_ranks(torch.tensor([moved_s, pause_s]) / ALONE_REPEATS)
+        passes = 2 * self.job.config.num_blocks  # forward and backward, each layer
+        entry["exchange_alone_s"] = passes * float(mean[0])
+        entry["alone_pause_s"] = float(mean[1]) / 2  # before each of the two ways
+
+    def _there_and_back(self, x_TD: torch.Tensor, index_T1: torch.Tensor, num: int) -> None:
+        row_RD, handle = self.exchange.dispatch(x_TD, index_T1, num_experts=num)
+        self.exchange.combine(row_RD, handle)
+
+    def _reach_even_loss(self) -> None:
+        """Train on, a turn at a time, those that have not reached the even run's final loss."""
+        goal = self.entries[0]["curve"][-1]["val_loss"]
+        limit = int(self.trainees[0].steps * (1 + MORE_STEPS))
+        for trainee, entry in zip(self.trainees[1:], self.entries[1:], strict=True):
+            even_s = self.entries[0]["curve"][-1]["time_s"]
+            while (
+                entry["curve"][-1]["val_loss"] > goal
+                and trainee.steps < limit
+                and entry["curve"][-1]["time_s"] < even_s
+            ):
+                self._turn(trainee)
+                self._measure_point(trainee, entry)
+                self._progress(entry["name"], trainee.steps, limit, None)
+
+    # ---- writing ------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        for trainee, entry in zip(self.trainees, self.entries, strict=True):
+            counts_PN = self._gather(trainee.counts_N)
+            if self.rank == 0:
+                self._fill(entry, self.times[entry["name"]], counts_PN)
+                entry["dropped_share"] = trainee.dropped_share
+        if self.rank == 0:
+            if self.compute_times:
+                step_s, _ = median_and_spread([t.step_s for t in self.compute_times])
+                self.setting["compute_step_s"] = step_s
+            document = assemble([*self.job.before, self.setting], self.job.about)
+            save_results(self.job.results_path, document)
+
+    def _fill(self, entry: Document, times: Sequence[StepTimes], counts_PN: torch.Tensor) -> None:
+        entry["counts_PN"] = counts_PN.tolist()
+        entry["remote_share"] = _remote_share(counts_PN, self.exchange.nodes)
+        load_N = counts_PN.sum(0)
+        entry["busiest_expert"] = float(load_N.max() / load_N.mean().clamp_min(1e-9))
+        if not times:
+            return
+        entry["step_s"], entry["step_spread_s"] = median_and_spread([t.step_s for t in times])
+        for key in ("exchange_s", "counts_s", "allreduce_s"):
+            entry[key], _ = median_and_spread([getattr(t, key) for t in times])
+        tokens = self.job.config.tokens_per_rank * self.exchange.num_ranks
+        entry["tokens_per_s"] = tokens / entry["step_s"]
+
+    def _gather(self, counts_N: torch.Tensor) -> torch.Tensor:
+        rows = [torch.zeros_like(counts_N) for _ in range(self.exchange.num_ranks)]
+        dist.all_gather(rows, counts_N)
+        return torch.stack(rows)
+
+    def _progress(self, phase: str, done: int, total: int, left_s: float | None) -> None:
+        if self.rank == 0:
+            self.show(phase, done, total, left_s)
+
+
+def _entry(strategy: Strategy, plans: dict[float, Plan]) -> Document:
+    entry = empty_strategy(strategy.name, strategy.kind, strategy.kl, strategy.router)
+    if strategy.kl is not None:
+        entry["target_PN"] = plans[strategy.kl].target_PN.tolist()
+    return entry
+
+
+def _remote_share(counts_PN: torch.Tensor, nodes: Sequence[Sequence[int]]) -> float:
+    """Part of the dispatched rows whose expert is on another node."""
+    num_ranks, num_experts = counts_PN.shape
+    node_of = {rank: number for number, ranks in enumerate(nodes) for rank in ranks}
+    node_P = torch.tensor([node_of[rank] for rank in range(num_ranks)])
+    node_N = node_P.repeat_interleave(num_experts // num_ranks)
+    remote_PN = node_P[:, None] != node_N[None, :]
+    return float(counts_PN[remote_PN].sum() / counts_PN.sum().clamp_min(1e-9))
+
+
+def _memory_of_all_ranks() -> float | None:
+    """Sum of the ranks' proportional set sizes in bytes; None where the kernel does not tell."""
+    try:
+        lines: list[Any] = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    except OSError:
+        lines = []
+    own = next((float(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), -1.0)
+    total = torch.tensor([own, float(own < 0)], dtype=torch.float64)
+    dist.all_reduce(total)
+    return None if total[1] else float(total[0])

@@ -1,0 +1,286 @@
+"""Results as one web page that needs no network: table first, then what it means, then figures."""
+
+from __future__ import annotations
+
+import html
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tamoe.topology.errors import InputError
+from tamoe.topology.units import format_time
+
+MAX_REPORT_BYTES = 5_000_000
+Setting = Mapping[str, Any]
+
+
+def write_report(
+    results: Mapping[str, Any],
+    figures: Sequence[Mapping[str, str]],
+    path: str | os.PathLike[str],
+) -> Path:
+    """Write the page.
+
+    Parameters
+    ----------
+    results
+        Document of schema ``tamoe.results``. One that ends early gives a page that says so.
+    figures
+        Each with ``setting``, ``title``, ``caption`` and ``data_uri``; shown in this order.
+    path
+        The ``.html`` file.
+
+    Returns
+    -------
+    pathlib.Path
+
+    Raises
+    ------
+    InputError
+        The file cannot be written, or would take more than 5 MB.
+    """
+    page = render_report(results, figures).encode()
+    if len(page) > MAX_REPORT_BYTES:
+        raise InputError(
+            f"the report has {len(page):,} bytes; allowed: {MAX_REPORT_BYTES:,}. Leave out figures"
+        )
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(page)
+    except OSError as error:
+        raise InputError(f"cannot write {target}: {error.strerror}") from None
+    return target
+
+
+def render_report(results: Mapping[str, Any], figures: Sequence[Mapping[str, str]]) -> str:
+    """The page as text.
+
+    Examples
+    --------
+    >>> setting = {"setting": "steep", "cluster": "4x2:50mbit", "strategies": [], "steps": 0}
+    >>> "emulated" in render_report(setting, [])
+    True
+    """
+    settings = [results, *results.get("settings", ())]
+    body = "\n".join(_section(setting, figures) for setting in settings)
+    notice = ""
+    if not all(setting.get("complete") for setting in settings):
+        notice = '<p class="notice">This run ended early; the page shows what was measured.</p>'
+    return _PAGE.format(
+        style=_STYLE,
+        notice=notice,
+        body=body,
+        made=_made(results),
+        command=html.escape(results.get("command", "tamoe demo")),
+    )
+
+
+# ---- one setting ------------------------------------------------------------------------------
+
+
+def _section(setting: Setting, figures: Sequence[Mapping[str, str]]) -> str:
+    title = f"{setting['cluster']} – {setting['setting']}"
+    shown = [figure for figure in figures if figure["setting"] == setting["setting"]]
+    return (
+        f"<section><h2>{html.escape(title)} <small>emulated</small></h2>\n"
+        f"<p>{html.escape(_setting_text(setting))}</p>\n"
+        f"{_table(setting['strategies'])}\n"
+        f'<p class="verdict">{html.escape(verdict(setting))}</p>\n'
+        + "\n".join(_figure(figure) for figure in shown)
+        + "</section>"
+    )
+
+
+def _setting_text(setting: Setting) -> str:
+    work = setting.get("workload", {})
+    parts = []
+    if work:
+        parts.append(
+            f"{work['num_ranks']} ranks on {len(setting['nodes'])} nodes, {work['num_blocks']} MoE "
+            f"layers of {work['num_experts']} experts, top-{work['top_k']}, hidden size "
+            f"{work['hidden_size']}, {work['tokens_per_rank']:,} tokens a rank and step, "
+            f"{setting['steps']} steps a strategy."
+        )
+    if setting.get("exchange_share") is not None:
+        parts.append(
+            f"The exchange takes f = {setting['exchange_share']:.2f} of the even step, so no "
+            f"exchange can gain more than 1/(1 − f) = {setting['speedup_bound']:.2f}×."
+        )
+    return " ".join(parts)
+
+
+def _table(strategies: Sequence[Mapping[str, Any]]) -> str:
+    head = "".join(f"<th title='{html.escape(why)}'>{name}</th>" for name, _, _, why in _COLUMNS)
+    rows = []
+    for strategy in strategies:
+        cells = "".join(f"<td>{_cell(strategy.get(key), how)}</td>" for _, key, how, _ in _COLUMNS)
+        name = html.escape(strategy["name"])
+        rows.append(f"<tr><th scope='row'>{name}</th>{cells}</tr>")
+    return (
+        "<div class='scroll'><table><thead><tr><th>strategy</th>"
+        + head
+        + "</tr></thead><tbody>"
+        + "".join(rows)
+        + "</tbody></table></div>"
+    )
+
+
+# (heading, key, format, what it means)
+_COLUMNS: tuple[tuple[str, str, str, str], ...] = (
+    ("tokens/s", "tokens_per_s", "{:,.0f}", "all ranks together, emulated"),
+    ("over even", "speedup_over_even", "{:.2f}×", "tokens per second over the even strategy"),
+    ("to even’s loss", "speedup_to_even_loss", "{:.2f}×", "time of the even run over the time to "
+     "its final validation loss; contains the cost in quality"),
+    ("step", "step_s", "time", "median, emulated"),
+    ("exchange", "exchange_s", "time", "a step, measured in training, emulated"),
+    ("predicted", "predicted_exchange_s", "time", "a step, simulated: cost model on the measured "
+     "links with the counts reached"),
+    ("gradients", "allreduce_s", "time", "averaging of dense gradients, a step, emulated"),
+    ("over node links", "remote_share", "{:.1%}", "share of dispatched bytes that leave the node"),
+    ("loss, own", "val_loss_own", "{:.3f}", "validation loss at equal steps on own ranks"),
+    ("vs even", "val_loss_over_even", "{:+.1%}", "validation loss on own ranks against even"),
+    ("loss, foreign", "val_loss_foreign", "{:.3f}", "with tokens sent from other nodes' ranks"),
+    ("loss, unsteered", "val_loss_no_bias", "{:.3f}", "with the steering removed"),
+)  # fmt: skip
+
+
+def _cell(value: float | None, how: str) -> str:
+    if value is None:
+        return "–"
+    return format_time(value) if how == "time" else how.format(value)
+
+
+def verdict(setting: Setting) -> str:
+    """What was gained and what it cost, in plain words.
+
+    Parameters
+    ----------
+    setting
+        A setting of the results document.
+
+    Returns
+    -------
+    str
+        One paragraph.
+    """
+    rated = [
+        s
+        for s in setting["strategies"]
+        if not s["name"].startswith("even") and s.get("speedup_over_even")
+    ]
+    if not rated:
+        return "Nothing to compare yet: no strategy besides the even one was measured."
+    best = max(rated, key=lambda s: s["speedup_to_even_loss"] or s["speedup_over_even"] / 1e3)
+    text = (
+        f"{_capital(best['name'])} trained {best['speedup_over_even']:.1f} times as many tokens a "
+        f"second as even dispatch, because {best['remote_share']:.0%} of the bytes crossed node "
+        f"links"
+    )
+    even = next((s for s in setting["strategies"] if s["name"].startswith("even")), None)
+    if even and even.get("remote_share") is not None:
+        text += f" in place of {even['remote_share']:.0%}"
+    text += ". "
+    if best.get("val_loss_over_even") is not None:
+        text += _cost(best)
+    if best.get("speedup_to_even_loss"):
+        text += (
+            f" It reached the even run's final loss {best['speedup_to_even_loss']:.1f} times as "
+            f"fast; that number contains the cost in quality."
+        )
+    elif best.get("val_loss_own") is not None:
+        text += " No strategy that was faster reached the even run's final loss in this run."
+    return text
+
+
+def _cost(best: Mapping[str, Any]) -> str:
+    change = best["val_loss_over_even"]
+    own = "worse" if change > 0 else "better"
+    text = f"After as many steps its validation loss was {abs(change):.1%} {own} than even's"
+    foreign, unsteered = best.get("val_loss_foreign"), best.get("val_loss_no_bias")
+    if foreign is not None and unsteered is not None:
+        text += (
+            f" ({best['val_loss_own']:.3f} nats a byte; {foreign:.3f} on text of other nodes, "
+            f"{unsteered:.3f} with the steering removed)"
+        )
+    return text + "."
+
+
+def _capital(name: str) -> str:
+    return f"“{name}”"
+
+
+def _figure(figure: Mapping[str, str]) -> str:
+    title, caption = html.escape(figure["title"]), html.escape(figure["caption"])
+    return (
+        f"<figure><img src='{figure['data_uri']}' alt='{title}, emulated'>"
+        f"<figcaption><b>{title}.</b> {caption}</figcaption></figure>"
+    )
+
+
+def _made(results: Mapping[str, Any]) -> str:
+    made = results.get("made", {})
+    rows = "".join(
+        f"<dt>{html.escape(str(key))}</dt><dd>{html.escape(str(value))}</dd>"
+        for key, value in made.items()
+    )
+    return f"<dl>{rows}</dl>"
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>tamoe: what topology-aware routing gains here, and what it costs</title>
+<style>{style}</style></head>
+<body><main>
+<h1>What topology-aware routing gains here, and what it costs</h1>
+<p class="lead">A small Mixture-of-Experts language model was trained on one machine whose ranks
+talk over <b>emulated</b> links: real traffic, shaped to the rates below. Same data order, same
+initial weights, strategies in turns.</p>
+{notice}
+{body}
+<section><h2>How to read it</h2>
+<ul>
+<li><b>emulated</b>: measured with real traffic on shaped links. <b>simulated</b>: computed by the
+cost model.</li>
+<li><b>f</b> is the exchange's share of the even step, from the same step with its exchange removed.
+No way to exchange can gain more than 1/(1 − f).</li>
+<li><b>to even’s loss</b> is the honest speed-up: training time until the validation loss that the
+even run ended with. A dash means that it was not reached.</li>
+<li>Every rank reads its own part of the text. <b>foreign</b>: ranks get held-out text of another
+node's part. <b>unsteered</b>: the bias is zero; where each rank has a gate of its own, the mean of
+all gates routes.</li>
+<li>A few minutes of training show speed, not final quality. A longer run with several seeds shows
+quality: <code>experiments/quality.json</code>.</li>
+</ul></section>
+<section><h2>How it was made</h2><pre>{command}</pre>{made}</section>
+</main></body></html>
+"""
+
+_STYLE = """
+:root{color-scheme:light dark;--ink:#1d2125;--soft:#5f6368;--line:#d9dce0;--page:#fbfbfa;
+--card:#fff}
+@media(prefers-color-scheme:dark){:root{--ink:#e6e7e9;--soft:#a5abb2;--line:#3a3f45;--page:#16181a;
+--card:#1e2124}}
+body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 system-ui,sans-serif}
+main{max-width:68rem;margin:0 auto;padding:2.5rem 1.25rem 4rem}
+h1{font-size:1.9rem;line-height:1.2;margin:0 0 .75rem}h2{font-size:1.3rem;margin:2.75rem 0 .5rem}
+small{font-weight:400;color:var(--soft);font-size:.75em}
+p,ul{max-width:46rem}.lead{font-size:1.05rem;color:var(--soft)}
+.verdict{border-left:4px solid #0072b2;padding-left:1rem;font-size:1.05rem}
+.notice{border-left:4px solid #d55e00;padding-left:1rem}
+.scroll{overflow-x:auto;margin:1rem 0}
+table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums;width:100%}
+th,td{padding:.45rem .55rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+thead th{color:var(--soft);font-weight:500;white-space:normal;vertical-align:bottom;line-height:1.2}
+th:first-child{text-align:left}
+figure{margin:1.75rem 0}figure img{width:100%;height:auto;background:#fff;border-radius:6px;
+border:1px solid var(--line);box-sizing:border-box;padding:.5rem}
+figcaption{color:var(--soft);font-size:.9rem;max-width:46rem;margin-top:.4rem}
+figcaption b{color:var(--ink)}
+pre{background:var(--card);border:1px solid var(--line);border-radius:6px;padding:.7rem 1rem;
+overflow-x:auto}
+dl{display:grid;grid-template-columns:max-content 1fr;gap:.15rem 1.25rem;font-size:.9rem}
+dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
+"""
