@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 MARK = "TAMOE_TEST_MARK"
+_started: list[subprocess.Popen[str]] = []
 
 
 def start(
@@ -23,12 +24,20 @@ def start(
         "stdout": subprocess.PIPE,
         "stderr": subprocess.PIPE,
         "text": True,
-        "executable": sys.executable,
     }
+    python = options.pop("executable", sys.executable)
     process = subprocess.Popen(  # type: ignore[call-overload]
-        [sys.executable, script, *args], env=whole, **{**defaults, **options}
+        [python, script, *args], env=whole, **{**defaults, **options}
     )
+    _started.append(process)
     return process, mark
+
+
+def kill_started() -> None:
+    """End what a failed test left; all below a launcher ends with it."""
+    while _started:
+        with _started.pop() as process:
+            process.kill()
 
 
 def marked(mark: str) -> list[int]:
@@ -56,9 +65,9 @@ def network_namespaces(pids: list[int]) -> set[str]:
     return found - {os.readlink("/proc/self/ns/net")}
 
 
-def everybody() -> list[int]:
-    """Every process of this machine."""
-    return [int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdecimal()]
+def namespace_mounts() -> int:
+    """Number of mounts that keep a namespace, as `ip netns add` makes them."""
+    return Path("/proc/self/mountinfo").read_text().count(" - nsfs ")
 
 
 def links() -> set[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import pickle
 import signal
 import socket
 import sys
@@ -13,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from numpy import random as numpy_random  # so that the server imports it before it forks
 
-from tamoe.topology import launcher
+from tamoe.topology import launcher, ranks as ranks_module
 from tamoe.topology.errors import InputError, RankError, RankTimeoutError
+from tamoe.topology.rank_protocol import Kind, raised, send
 from tamoe.topology.ranks import run_ranks
-from tests.processes import MARK, marked, start, until
+from tests.processes import MARK, marked
 
 pytestmark = pytest.mark.ranks
 
@@ -105,9 +109,7 @@ def talks(rank: int) -> None:
 
 
 def random_number(rank: int) -> float:
-    import numpy as np
-
-    return float(np.random.random())
+    return float(numpy_random.random())
 
 
 def leaves_a_daemon(rank: int) -> None:
@@ -231,6 +233,18 @@ def threads(rank): return threading.active_count()
     assert run_ranks(2, threaded_on_import.threads) == [2, 2]
 
 
+def test_ranks_run_the_file_that_the_launcher_has(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for value in (1, 2):  # the server has imported the first when the second comes
+        folder = tmp_path / str(value)
+        folder.mkdir()
+        (folder / "of_a_name.py").write_text(f"def value(rank): return {value}\n")
+        monkeypatch.syspath_prepend(folder)
+        monkeypatch.delitem(sys.modules, "of_a_name", raising=False)
+        assert run_ranks(1, importlib.import_module("of_a_name").value) == [value]
+
+
 # ---- what fails, and how it says so ----------------------------------------------------------
 
 
@@ -259,6 +273,20 @@ def test_rank_that_a_signal_killed_is_named_and_not_its_peers(bad: int) -> None:
     with pytest.raises(RankError, match=rf"rank {bad} was killed by signal 9 \(SIGKILL") as caught:
         run_ranks(3, killed_in, bad, signal.SIGKILL)
     assert caught.value.rank == bad
+
+
+def test_death_is_blamed_even_if_its_victims_complain_first() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    request = ranks_module._request(3, numbered, (), 60.0)
+    with ours, theirs:
+        complaint = pickle.dumps(raised(RuntimeError("connection closed"), "..."))
+        send(theirs, 0, Kind.RAISED, complaint)
+        send(theirs, 2, Kind.EXITED, b"-11")
+        with pytest.raises(
+            RankError, match=r"rank 2 was killed by signal 11 \(SIGSEGV\)"
+        ) as caught:
+            ranks_module._Collector(ours, request).results()
+    assert "(rank 0 failed after it)" in str(caught.value)
 
 
 def test_rank_that_ends_early_is_named() -> None:
@@ -336,65 +364,6 @@ def test_module_that_the_ranks_cannot_import_is_named(
     (tmp_path / "only_here.py").write_text("raise OSError('gone')\n")
     with pytest.raises(InputError, match=r"cannot import its module 'only_here' \(OSError: gone\)"):
         run_ranks(1, only_here.f)
-
-
-# ---- programs: __main__, Ctrl-C, kill -9 -------------------------------------------------------
-
-SCRIPT = """
-import sys, time
-from tamoe.topology.ranks import run_ranks
-def double(rank): return 2 * rank
-def hang(rank):
-    import os
-    if rank == 0 and os.fork() == 0:      # a daemon, as servers and loaders leave
-        os.setsid()
-        os.execvp("sleep", ["sleep", "1000"])
-    import torch.distributed as dist
-    dist.barrier()
-    if rank == 0: print("running", flush=True)
-    time.sleep(1000)
-"""
-GUARDED = SCRIPT + "if __name__ == '__main__': print(run_ranks(2, double))\n"
-UNGUARDED = SCRIPT + "print(run_ranks(2, double))\n"
-HANGING = SCRIPT + "if __name__ == '__main__': run_ranks(3, hang)\n"
-
-
-def _started(tmp_path: Path, text: str) -> Any:
-    script = tmp_path / "script.py"
-    script.write_text(text)
-    return start(str(script), env={"PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
-
-
-def test_functions_of_a_script_work_when_it_guards_its_start(tmp_path: Path) -> None:
-    process, _ = _started(tmp_path, GUARDED)
-    out, err = process.communicate(timeout=120)
-    assert (out, err, process.returncode) == ("[0, 2]\n", "", 0)
-
-
-def test_script_without_a_guard_is_told_so(tmp_path: Path) -> None:
-    process, mark = _started(tmp_path, UNGUARDED)
-    _, err = process.communicate(timeout=120)
-    assert "module '__main__' starts ranks when it is imported; put what starts them" in err
-    until(lambda: not marked(mark), 2)
-
-
-def test_functions_of_the_command_line_are_refused(tmp_path: Path) -> None:
-    text = "from tamoe.topology.ranks import run_ranks\ndef f(rank): ...\nrun_ranks(1, f)"
-    process, _ = start("-c", text, env={"PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
-    _, err = process.communicate(timeout=120)
-    assert "fn 'f' is defined in an interactive session, on the command line" in err
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_nothing_is_left_when_the_launcher_is_ended(tmp_path: Path, number: int) -> None:
-    process, mark = _started(tmp_path, HANGING)
-    assert process.stdout.readline() == "running\n"
-    # Launcher, server, job, process 1, three ranks, and the daemon.
-    assert len(marked(mark)) == 8
-    os.kill(process.pid, number)
-    until(lambda: not marked(mark), 2)
-    _, err = process.communicate()
-    assert ("KeyboardInterrupt" in err) == (number == signal.SIGINT)
 
 
 def test_daemons_of_ranks_end_with_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

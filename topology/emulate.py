@@ -102,16 +102,20 @@ def _request(cluster: ClusterSpec, command: tuple[str, ...]) -> Request:
         call=None,
         command=command,
         module=None,
+        module_file=None,
         main={},
         import_in_ranks=False,
         environ=dict(os.environ),
         directory=os.getcwd(),
         path=tuple(sys.path),
+        argv=(),
         timeout_s=0.0,
     )
 
 
 def _found(command: Sequence[str]) -> tuple[str, ...]:
+    if command and command[0] == "--":  # parsers of command lines may leave it
+        command = command[1:]
     if not command:
         raise InputError("command is empty; allowed: a program and its arguments, after --")
     program = os.fspath(command[0])

@@ -14,10 +14,19 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 from tamoe.topology import linux
-from tamoe.topology.errors import EmulationError, InputError, RankError
-from tamoe.topology.rank_protocol import IDLE, JOB_ITSELF, Inbox, Kind, Request, send
+from tamoe.topology.errors import EmulationError, InputError, RankError, RankTimeoutError
+from tamoe.topology.rank_protocol import (
+    IDLE,
+    JOB_ITSELF,
+    SPOILED,
+    STALE,
+    Inbox,
+    Kind,
+    Request,
+    send,
+)
 
-_START_TIMEOUT_S = 120.0  # a fresh interpreter on a busy machine
+_START_TIMEOUT_S = 300.0  # to import torch and the function's module on a busy machine
 _STOP_TIMEOUT_S = 5.0
 # Ranks are many on few cores, as under torchrun; and threads of a math library in the server
 # would make it unfit to be forked.
@@ -110,12 +119,14 @@ def running_job(request: Request) -> Iterator[socket.socket]:
     TamoeError
         The job was refused: its namespaces or the module of its function.
     """
-    if not _starts(job := _handed_over(request)):
-        # Its module starts threads on import, so every rank imports it for itself from now on.
-        _start_threads_on_import.add(request.module or "")
-        job = _handed_over(request)
-        if not _starts(job):
+    job = _handed_over(request)
+    while (answer := _first_answer(job)) is not None:
+        if answer == SPOILED:
+            # Its module starts threads on import, so every rank imports it for itself from now on.
+            _start_threads_on_import.add(request.module or "")
+        elif answer != STALE:
             raise RankError("the server that forks the ranks ended before it started one")
+        job = _handed_over(request)
     try:
         yield job
     finally:
@@ -145,33 +156,37 @@ def _handed_over(request: Request) -> socket.socket:
     return ours
 
 
-def _starts(job: socket.socket) -> bool:
-    """Wait for a job's first message; False if the server gave up instead."""
+def _first_answer(job: socket.socket) -> bytes | None:
+    """None once a job's ranks are being started, or what the server answered instead."""
     try:
         job.settimeout(_START_TIMEOUT_S)
         message = Inbox(job).next()
         if message is not None and message[1] == Kind.REFUSED:
             raise pickle.loads(message[2])
-    except BaseException:
+    except BaseException as error:
         _end(job)
+        if isinstance(error, TimeoutError):
+            raise RankTimeoutError(
+                f"no rank was started within {_START_TIMEOUT_S:g} s; is a module slow to import?"
+            ) from None
         raise
-    if message is None:
-        _end(job)
-    return message is not None
+    return None if message is not None else _end(job)
 
 
-def _end(job: socket.socket) -> None:
-    """Close a job's socket, which ends its process 1, and see that the server is free again."""
+def _end(job: socket.socket) -> bytes:
+    """Close a job's socket, which ends its process 1; what the server says when it is done."""
+    answer = b""
     try:
         job.close()
-        assert _server is not None
-        _server.control.settimeout(_STOP_TIMEOUT_S)
-        if _server.control.recv(16) != IDLE:
+        if _server is not None:
+            _server.control.settimeout(_STOP_TIMEOUT_S)
+            answer = _server.control.recv(16)
+    except OSError:
+        pass  # it does not answer, or is dead
+    finally:
+        if answer != IDLE:
             stop_server()
-    except BaseException as error:
-        stop_server()
-        if not isinstance(error, OSError):
-            raise
+    return answer
 
 
 def _running_server() -> _Server:

@@ -25,6 +25,7 @@ from tamoe.topology.network import INTERFACE, address, hosts_text
 from tamoe.topology.rank_process import Place, exec_in_rank, run_in_rank
 from tamoe.topology.rank_protocol import JOB_ITSELF, Inbox, Kind, Request, send
 
+_OPEN_FILES = 65536
 _LONGEST_LINE_BYTES = 1 << 20  # output without a line break is passed on in pieces of this size
 
 
@@ -112,9 +113,11 @@ def _places(request: Request, found: list[int]) -> list[Place]:
 
 def _raise_file_limit() -> None:
     """Every rank has a connection to every other, and this process a few files for each rank."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # No more than that: some programs close every descriptor that they could have.
+    wanted = max(soft, _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES))
     with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _end_children() -> None:

@@ -103,6 +103,7 @@ def _become_rank(request: Request, place: Place, streams: list[int]) -> None:
     os.environ.clear()
     os.environ.update(request.environ)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does
+    sys.argv[:] = request.argv
     if place.node_namespace is not None:
         linux.setns(place.node_namespace, linux.CLONE_NEWNET)
         netns.watch_interface(INTERFACE)

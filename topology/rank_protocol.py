@@ -17,7 +17,9 @@ from typing import Any
 _HEADER = struct.Struct("<iBB")  # rank, kind, last packet of the message
 _PACKET_BYTES = 65536  # under the kernel's default socket buffer
 JOB_ITSELF = -1  # the rank field of messages that belong to no rank
-IDLE, SPOILED = b"idle", b"spoiled"  # a server's answers when a job has ended or cannot be forked
+# A server's answers: the job has ended; its module starts threads, so that this process must not be
+# forked any more; its module has another file now than when it was imported.
+IDLE, SPOILED, STALE = b"idle", b"spoiled", b"stale"
 
 
 class Kind(enum.IntEnum):
@@ -45,11 +47,13 @@ class Request:
     call: bytes | None  # pickled (fn, args), or None for a command
     command: tuple[str, ...]
     module: str | None  # module of fn; None for a command
+    module_file: str | None  # where the launcher has it from
     main: dict[str, str]  # how to import the launcher's __main__; empty where not needed
     import_in_ranks: bool  # the module starts threads on import: no preloading
     environ: dict[str, str]
     directory: str
     path: tuple[str, ...]  # sys.path
+    argv: tuple[str, ...]  # sys.argv
     timeout_s: float
 
     @property

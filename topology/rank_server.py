@@ -18,6 +18,7 @@ of a job, leaves nothing.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import multiprocessing.spawn
@@ -29,9 +30,20 @@ import traceback
 
 from tamoe.topology import linux
 from tamoe.topology.errors import InputError
-from tamoe.topology.rank_protocol import IDLE, JOB_ITSELF, SPOILED, Inbox, Kind, Request, send
+from tamoe.topology.rank_protocol import (
+    IDLE,
+    JOB_ITSELF,
+    SPOILED,
+    STALE,
+    Inbox,
+    Kind,
+    Request,
+    send,
+)
 
 _loading: str | None = None  # module that is being imported for a job
+_files: dict[str, tuple[str | None, int]] = {}  # of the modules that jobs brought, with their times
+_threads_of_torch = 1
 
 
 def loading() -> str | None:
@@ -49,7 +61,7 @@ def main(control_fd: int, launcher_pid: int) -> None:
             return
         answer = _serve(descriptors)
         control.send(answer)
-        if answer == SPOILED:
+        if answer != IDLE:
             return
 
 
@@ -62,6 +74,8 @@ def _serve(descriptors: list[int]) -> bytes:
         if message is None:
             return answer
         request: Request = pickle.loads(message[2])
+        if _is_stale(request):
+            return STALE
         error = _prepare(request)
         if error is not None:
             send(job, JOB_ITSELF, Kind.REFUSED, pickle.dumps(error))
@@ -94,17 +108,39 @@ def _fork_job(request: Request, job: socket.socket, streams: list[int]) -> None:
     os.waitpid(pid, 0)
 
 
+def _is_stale(request: Request) -> bool:
+    """Whether the launcher's module is another file than the one that was imported here."""
+    known = _files.get(request.module or "")
+    return known is not None and known != _file_of(request)
+
+
+def _file_of(request: Request) -> tuple[str | None, int]:
+    try:
+        return request.module_file, os.stat(request.module_file or "").st_mtime_ns
+    except OSError:  # built in, or gone
+        return request.module_file, 0
+
+
 def _prepare(request: Request) -> InputError | None:
     """Import what the ranks need; a reason to refuse the job if that fails."""
-    os.chdir(request.directory)
+    global _threads_of_torch
+    with contextlib.suppress(OSError):  # the launcher's may be gone
+        os.chdir(request.directory)
     sys.path[:] = request.path
+    importlib.invalidate_caches()
     if request.cluster is not None:
         import pyroute2  # noqa: F401  (the network process is forked from here)
     if request.call is None:
         return None
-    import torch.distributed  # noqa: F401  (what every rank needs)
+    if "torch.distributed" not in sys.modules:
+        import torch.distributed  # noqa: F401  (what every rank needs)
 
-    error = None if request.import_in_ranks else import_function_module(request)
+        _threads_of_torch = linux.num_threads()
+    error = None
+    if not request.import_in_ranks:
+        error = import_function_module(request)
+        if request.module is not None:
+            _files[request.module] = _file_of(request)
     gc.collect()
     gc.freeze()  # objects that no collection touches stay shared between the ranks
     return error
@@ -136,4 +172,4 @@ def _still_fork_safe() -> bool:
     """Whether importing users' modules started no thread and did not initialise CUDA."""
     import torch
 
-    return linux.num_threads() == 1 and not torch.cuda.is_initialized()
+    return linux.num_threads() <= _threads_of_torch and not torch.cuda.is_initialized()

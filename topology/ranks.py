@@ -122,11 +122,13 @@ def _request(
         call=payload,
         command=(),
         module=module,
+        module_file=getattr(sys.modules.get(module or ""), "__file__", None),
         main=main,
         import_in_ranks=False,
         environ=dict(os.environ),
         directory=os.getcwd(),
         path=tuple(sys.path),
+        argv=tuple(sys.argv),
         timeout_s=timeout_s,
     )
 

@@ -67,7 +67,7 @@ def _parse_text(text: str) -> Tree:
     try:
         return _checked(json.loads(text), text)
     except (json.JSONDecodeError, RecursionError) as error:
-        where = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
+        where = f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
         raise InputError(f"tree {text!r}: malformed{where}; expected {ALLOWED}") from None
 
 
