@@ -20,9 +20,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import networkx as nx
-import numpy as np
-
 from tamoe.experiments.results import (
     Document,
     all_settings,
@@ -32,7 +29,7 @@ from tamoe.experiments.results import (
     save_results,
 )
 from tamoe.topology.errors import InputError, StoppedError
-from tamoe.topology.formats import topology_from_document, topology_to_document
+from tamoe.topology.formats import topology_to_document
 from tamoe.topology.graph import Topology
 from tamoe.topology.spec import ClusterSpec
 from tamoe.topology.units import format_time
@@ -41,8 +38,10 @@ STEEP = "4x2:50mbit"
 PUBLISHED = "4x2:160mbit"
 KLS = (0.5, 0.3)  # keep about four fifths, and nineteen twentieths, of the tokens in the node
 STEPS_ALLOWED = "a whole number >= 12"
-_BUDGET_S = {STEEP: 175.0, PUBLISHED: 90.0}  # of training, so that all of it takes six minutes
-_OTHER_BUDGET_S = 240.0
+TOTAL_S = 335.0  # of everything, where no number of steps is asked for
+_REPORT_S = 12.0  # figures and page
+_NEXT_S = 45.0  # probe and start of one more setting
+_FIRST_SHARE = 0.65  # of the time for training: steps of the steep setting take longer
 _TIMEOUT_S = 3600.0
 
 
@@ -90,7 +89,15 @@ def run_demo(
     try:
         for name, spec in settings:
             setting = _run_setting(
-                _new_setting(name, spec), done, about, folder, steps=steps, text=text, seed=seed
+                _new_setting(name, spec),
+                done,
+                about,
+                folder,
+                steps=steps,
+                text=text,
+                seed=seed,
+                began_s=began_s,
+                others_follow=len(done) + 1 < len(settings),
             )
             done.append(setting)
             save_results(folder / "results.json", assemble(done, about))
@@ -119,8 +126,11 @@ def _run_setting(
     steps: int | None,
     text: str | os.PathLike[str] | None,
     seed: int,
+    began_s: float,
+    others_follow: bool,
 ) -> Document:
     """Probe, solve and train; the ranks write results.json as they go."""
+    from tamoe.experiments.predict import with_credit_of
     from tamoe.experiments.strategies import default_strategies
     from tamoe.experiments.train import Job, train_rank
     from tamoe.experiments.trainee import TrainConfig
@@ -131,11 +141,11 @@ def _run_setting(
     spec, name = setting["cluster"], setting["setting"]
     own = folder / name.replace(" ", "-")
     own.mkdir(parents=True, exist_ok=True)
-    began_s = time.monotonic()
+    probe_began_s = time.monotonic()
     topology = run_probe(spec, own / "topology.json")
     assert topology is not None  # None only inside a running job
     setting["topology"] = topology_to_document(topology)
-    setting["probe_s"] = time.monotonic() - began_s
+    setting["probe_s"] = time.monotonic() - probe_began_s
     config = TrainConfig(seed=seed)
     workload = Workload(
         tokens_per_rank=config.tokens_per_rank,
@@ -161,11 +171,17 @@ def _run_setting(
         config=config,
         text=None if text is None else Path(text).absolute(),
         steps=steps,
-        budget_s=_BUDGET_S.get(spec, _OTHER_BUDGET_S),
+        budget_s=_budget_s(time.monotonic() - began_s, others_follow=others_follow),
         progress_name=f"train {spec}",
     )
     filled: Document = run_ranks(spec, train_rank, job, timeout_s=_TIMEOUT_S)[0]
     return filled
+
+
+def _budget_s(spent_s: float, *, others_follow: bool) -> float:
+    """Time for training one setting, of what is left of the whole."""
+    left_s = TOTAL_S - spent_s - _REPORT_S
+    return (left_s - _NEXT_S) * _FIRST_SHARE if others_follow else left_s
 
 
 def _new_setting(name: str, spec: str) -> Document:
@@ -196,59 +212,13 @@ def _workload(
     }
 
 
-# ---- what follows from the measurements -------------------------------------------------------
-
-
-def predict_exchanges(part: Document) -> None:
-    """Fill in what the cost model says of the counts that were reached, and of the targets.
-
-    A link's burst credit refills while nothing is sent. So each exchange starts with what one pause
-    brings back: in training the ranks' computing, alone the agreement on counts.
-    """
-    from tamoe.solver import Workload
-
-    if not part.get("topology") or not part.get("workload"):
-        return
-    topology = topology_from_document(part["topology"], "results: topology")
-    names = [field.name for field in dataclasses.fields(Workload)]
-    workload = Workload(**{name: part["workload"][name] for name in names})
-    layers = part["workload"]["num_blocks"]
-    pause_s = part.get("compute_step_s", 0.0) / (4 * layers)
-    for strategy in part["strategies"]:
-        for key, counts, pause in (
-            ("predicted_exchange_s", strategy["counts_PN"], pause_s),
-            ("predicted_alone_s", strategy["counts_PN"], strategy["alone_pause_s"] or 0.0),
-            ("target_exchange_s", strategy["target_PN"], pause_s),
-        ):
-            if counts is not None:
-                counts_PN = np.asarray(counts)
-                strategy[key] = step_exchange_s(topology, workload, counts_PN, layers, pause)
-
-
-def step_exchange_s(
-    topology: Topology, workload: Any, counts_PN: np.ndarray, layers: int, pause_s: float
-) -> float:
-    """Simulated time of a step's exchanges: two each way for each layer, forward and backward."""
-    from tamoe.solver import exchange_time_s
-
-    paused = with_credit_of(topology, pause_s)
-    there = exchange_time_s(paused, workload, counts_PN, direction="dispatch")
-    back = exchange_time_s(paused, workload, counts_PN, direction="combine")
-    return 2 * layers * (there + back)
-
-
-def with_credit_of(topology: Topology, pause_s: float) -> Topology:
-    """The topology with the burst credit that each link regains in a pause."""
-    graph = nx.DiGraph(topology.graph)
-    for edge in graph.edges.values():
-        refilled = pause_s * edge["bandwidth_bytes_per_s"]
-        edge["burst_bytes"] = min(edge["burst_bytes"], refilled)
-    return dataclasses.replace(topology, graph=graph)
+# ---- the end ----------------------------------------------------------------------------------
 
 
 def _finish(folder: Path, began_s: float) -> Document | None:
     """Complete the results file, draw the figures and write the page."""
     from tamoe.experiments.figures import draw_all
+    from tamoe.experiments.predict import predict_exchanges
     from tamoe.report import write_report
 
     path = folder / "results.json"

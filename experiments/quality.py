@@ -27,8 +27,8 @@ import torch
 from torch import nn
 
 from tamoe.exchange import Exchange
-from tamoe.experiments.demo import with_credit_of
 from tamoe.experiments.model import GPT, initialise
+from tamoe.experiments.predict import with_credit_of
 from tamoe.experiments.results import Document
 from tamoe.experiments.strategies import Strategy, make_gate, make_layer
 from tamoe.experiments.text import Corpus, load_text, train_batch, validation_batch
@@ -166,7 +166,10 @@ class Run:
             for gate in self.gates:
                 gate.average()
         with steering(self.model, steered):
-            losses = [self.model(self._batch(validation_batch, index=i)).loss for i in batches]
+            losses = [
+                self.model(self._batch(validation_batch, index=i, num_ranks=self.num_ranks)).loss
+                for i in batches
+            ]
         self.model.load_state_dict(kept)
         for gate in self.gates:
             gate.first_rank = 0
@@ -188,7 +191,6 @@ class Run:
             draw(
                 self.corpus,
                 rank=rank,
-                num_ranks=self.num_ranks,
                 sequences=self.config.sequences,
                 length=self.config.sequence_length,
                 **which,
@@ -306,15 +308,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each trial (default 3)")
     parser.add_argument("--only", nargs="*", help="names of trials (default all)")
     parser.add_argument("--threads", type=int, default=2, help="of torch (default 2)")
-    options = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    options = parser.parse_args(given)
     torch.set_num_threads(options.threads)
     chosen = [t for t in trials() if not options.only or t.name in options.only]
     document: Document = {
         "schema": SCHEMA,
         "schema_version": SCHEMA_VERSION,
         "label": "emulated routing: real training, no real links",
-        "command": f"python -m tamoe.experiments.quality --steps {options.steps} --seeds "
-        f"{options.seeds} -o {shlex.quote(str(options.output))}",
+        "command": shlex.join(["python", "-m", "tamoe.experiments.quality", *given]),
         "cluster": CLUSTER,
         "config": dataclasses.asdict(TrainConfig()),
         "runs": [],

@@ -3,8 +3,9 @@
 - A token is a byte that occurs in the text, so the vocabulary is small and any UTF-8 file works.
 - Every tenth block of 4 KiB is held out for validation. Both parts come from the same works, and
   no byte is in both.
-- Each rank reads its own stretch of the text, as data loaders shard it, so text of another node is
-  foreign to a rank.
+- Every rank trains on windows from the whole text, so ranks see the same kind of data: what a
+  local router gains then comes from routing, not from text that belongs to a node. Each rank
+  validates on its own stretch of the held-out part.
 - A batch is a pure function of (seed, step, rank): every strategy sees the same data in the same
   order, whatever ran before it.
 
@@ -110,15 +111,14 @@ def train_batch(
     seed: int,
     step: int,
     rank: int,
-    num_ranks: int,
     sequences: int,
     length: int,
 ) -> np.ndarray:
-    """Windows of this rank's part of the training text, drawn afresh for every step.
+    """Windows of the training text, drawn afresh for every step and rank.
 
     Parameters
     ----------
-    seed, step, rank, num_ranks
+    seed, step, rank
         Non-negative; the batch depends on nothing else.
     sequences, length
         Size of the batch. A window has one token more than ``length``: the last target.
@@ -128,9 +128,9 @@ def train_batch(
     numpy.ndarray
         ``[sequences, length + 1]``, int64.
     """
-    part = rank_part(corpus.train, rank, num_ranks)
     draw = np.random.default_rng([seed, step, rank])
-    return _windows(part, draw.integers(0, len(part) - length, size=sequences), length)
+    starts = draw.integers(0, len(corpus.train) - length, size=sequences)
+    return _windows(corpus.train, starts, length)
 
 
 def validation_batch(
@@ -157,7 +157,7 @@ def validation_batch(
 
 
 def rank_part(tokens: np.ndarray, rank: int, num_ranks: int) -> np.ndarray:
-    """The stretch of text that a rank reads: neighbours in the text are neighbours in rank.
+    """The stretch of held-out text that a rank validates on; neighbours stay neighbours.
 
     >>> rank_part(np.arange(10), 1, 4).tolist()
     [2, 3, 4]

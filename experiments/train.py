@@ -35,9 +35,11 @@ from tamoe.solver.plan import Plan
 from tamoe.topology.graph import Topology
 
 TURN_STEPS = 4  # of one strategy before the next one's turn
-CURVE_BATCHES = (0, 1)  # held-out batches of the points of a curve
-FINAL_BATCHES = (0, 1, 2, 3)  # and of the three losses at the end
+CURVE_BATCHES = (0,)  # held-out batches of the points of a curve
+FINAL_BATCHES = (0, 1)  # and of the three losses at the end
 ROUNDS_TO_ESTIMATE = 3  # turns of every strategy before the number of steps is fixed
+END_ROUNDS = 1.5  # what the measurements at the end take, in rounds
+SETTLE_STEPS = 16  # until a bias has reached its target; not timed, nor are learning rates warm
 MORE_STEPS = 0.5  # at most, for strategies that have not reached the even run's final loss
 ALONE_REPEATS = 3
 
@@ -90,18 +92,22 @@ class _Run:
 
     def run(self) -> Document:
         self._measure_curves()
-        rounds, number = self._rounds(None), 0
-        while number < rounds:
+        asked = self.job.steps
+        self.rounds = ROUNDS_TO_ESTIMATE if asked is None else -(-asked // TURN_STEPS)
+        number = 0
+        while number < self.rounds:
+            began_s = time.perf_counter()
             self._round(number)
             number += 1
-            if number == min(ROUNDS_TO_ESTIMATE, rounds):
-                rounds = self._rounds(number)
-            if number % 2 == 0 or number == rounds:
+            round_s = time.perf_counter() - began_s
+            if number == ROUNDS_TO_ESTIMATE and asked is None:
+                self.rounds = self._rounds_in_budget(number, round_s)
+            if number % 2 == 0 or number == self.rounds:
                 self._measure_curves()
             self.setting["steps"] = number * TURN_STEPS
             self._save()
-            left_s = (time.perf_counter() - self.began_s) / number * (rounds - number)
-            self._progress("steps", number * TURN_STEPS, rounds * TURN_STEPS, left_s)
+            left_s = round_s * (self.rounds - number + END_ROUNDS)
+            self._progress("steps", number * TURN_STEPS, self.rounds * TURN_STEPS, left_s)
         self._measure_quality()
         self._measure_alone()
         self._save()
@@ -119,11 +125,8 @@ class _Run:
         shift = number % len(self.trainees)
         for trainee in self.trainees[shift:] + self.trainees[:shift]:
             times = self._turn(trainee)
-            if number * TURN_STEPS >= self.job.config.warmup_steps:
-                self.times[trainee.strategy.name] += times
-        times = self._turn(self.compute)
-        if number:
-            self.compute_times += times
+            self.times[trainee.strategy.name] += times
+        self.compute_times += self._turn(self.compute)
 
     def _turn(self, trainee: Trainee) -> list[StepTimes]:
         """A few steps; the times are means over the ranks."""
@@ -131,15 +134,11 @@ class _Run:
         times = torch.tensor([trainee.train_step() for _ in range(TURN_STEPS)])
         return [StepTimes(*row) for row in trainee.mean_of_ranks(times).tolist()]
 
-    def _rounds(self, done: int | None) -> int:
-        """How many rounds there will be: asked before the first one and once more after a few."""
-        if self.job.steps is not None:
-            return -(-self.job.steps // TURN_STEPS)
-        if done is None:
-            return ROUNDS_TO_ESTIMATE
-        used_s = time.perf_counter() - self.began_s
-        # Losses at the end, and steps beyond the even run's, take about three rounds.
-        rounds = int(self.job.budget_s / (used_s / done)) - 3
+    def _rounds_in_budget(self, done: int, round_s: float) -> int:
+        """How many rounds there will be in all, by rank 0's clock."""
+        left_s = self.job.budget_s - (time.perf_counter() - self.began_s)
+        # Every second round ends with a point of the curves, which takes a tenth of it.
+        rounds = done + int(left_s / (1.1 * round_s) - END_ROUNDS)
         chosen = torch.tensor(max(rounds, done))
         dist.broadcast(chosen, 0)
         return int(chosen)
@@ -159,12 +158,10 @@ class _Run:
         """The three validation losses, at equal steps."""
         for number, (trainee, entry) in enumerate(zip(self.trainees, self.entries, strict=True)):
             own = trainee.validate(FINAL_BATCHES)
-            entry["val_loss_own"] = own
-            entry["val_loss_foreign"] = trainee.validate(FINAL_BATCHES, foreign=True)
-            steered = trainee.strategy.kl is not None
-            entry["val_loss_no_bias"] = (
-                trainee.validate(FINAL_BATCHES, steered=False) if steered else own
-            )
+            entry["val_loss_own"] = entry["val_loss_foreign"] = entry["val_loss_no_bias"] = own
+            if trainee.strategy.kl is not None:  # else no rank routes differently from another
+                entry["val_loss_foreign"] = trainee.validate(FINAL_BATCHES, foreign=True)
+                entry["val_loss_no_bias"] = trainee.validate(FINAL_BATCHES, steered=False)
             self._progress("validated", number + 1, len(self.entries), None)
 
     def _measure_alone(self) -> None:
@@ -215,22 +212,23 @@ class _Run:
         for trainee, entry in zip(self.trainees, self.entries, strict=True):
             counts_PN = self._gather(trainee.counts_N)
             if self.rank == 0:
-                self._fill(entry, self.times[entry["name"]], counts_PN)
+                self._fill(entry, self._settled(self.times[entry["name"]]), counts_PN)
                 entry["dropped_share"] = trainee.dropped_share
         if self.rank == 0:
-            if self.compute_times:
-                step_s, _ = median_and_spread([t.step_s for t in self.compute_times])
-                self.setting["compute_step_s"] = step_s
+            step_s, _ = median_and_spread([t.step_s for t in self._settled(self.compute_times)])
+            self.setting["compute_step_s"] = step_s
             document = assemble([*self.job.before, self.setting], self.job.about)
             save_results(self.job.results_path, document)
+
+    def _settled(self, times: list[StepTimes]) -> list[StepTimes]:
+        """The steps that count: after settling, and at least those of the last turn."""
+        return times[min(SETTLE_STEPS, len(times) - TURN_STEPS) :]
 
     def _fill(self, entry: Document, times: Sequence[StepTimes], counts_PN: torch.Tensor) -> None:
         entry["counts_PN"] = counts_PN.tolist()
         entry["remote_share"] = _remote_share(counts_PN, self.exchange.nodes)
         load_N = counts_PN.sum(0)
         entry["busiest_expert"] = float(load_N.max() / load_N.mean().clamp_min(1e-9))
-        if not times:
-            return
         entry["step_s"], entry["step_spread_s"] = median_and_spread([t.step_s for t in times])
         for key in ("exchange_s", "counts_s", "allreduce_s"):
             entry[key], _ = median_and_spread([getattr(t, key) for t in times])

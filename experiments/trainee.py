@@ -37,7 +37,7 @@ class TrainConfig:
     top_k: int = 2
     experts_per_rank: int = 4
     learning_rate: float = 6e-3
-    warmup_steps: int = 8  # of the learning rate; they are not timed
+    warmup_steps: int = 8  # of the learning rate
 
     @property
     def tokens_per_rank(self) -> int:
@@ -81,7 +81,7 @@ class Trainee:
     config
         What it has in common with the other strategies.
     corpus
-        What it reads: each rank its own part of the text.
+        What it reads.
     exchange
         Also gives rank and nodes.
     plan
@@ -121,7 +121,7 @@ class Trainee:
         self.dense = DenseGradients(self.model, nodes=exchange.nodes, group=exchange.group)
         self.seconds = 0.0  # of training so far
         self.steps = 0
-        self.counts_N = torch.zeros(num_experts)  # of the latest step, mean of the layers
+        self.counts_N = torch.zeros(num_experts)  # of the latest steps, mean of the layers
         self.dropped_share = 0.0
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
@@ -146,7 +146,6 @@ class Trainee:
             seed=config.seed,
             step=self.steps,
             rank=self.rank,
-            num_ranks=self.num_ranks,
             sequences=config.sequences,
             length=config.sequence_length,
         )
@@ -163,7 +162,8 @@ class Trainee:
         step_s = time.perf_counter() - began_s
         self.seconds += step_s
         self.steps += 1
-        self.counts_N = torch.tensor(record.sent_counts_N, dtype=torch.float32).mean(0)
+        counts_N = torch.tensor(record.sent_counts_N, dtype=torch.float32).mean(0)
+        self.counts_N = counts_N if self.steps == 1 else self.counts_N.lerp(counts_N, 0.25)
         self.dropped_share = _dropped_share(out)
         counts_s = record.phase_s("counts")
         return StepTimes(step_s, record.exchange_s - counts_s, counts_s, allreduce.allreduce_s)

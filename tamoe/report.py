@@ -248,9 +248,9 @@ cost model.</li>
 No way to exchange can gain more than 1/(1 − f).</li>
 <li><b>to even’s loss</b> is the honest speed-up: training time until the validation loss that the
 even run ended with. A dash means that it was not reached.</li>
-<li>Every rank reads its own part of the text. <b>foreign</b>: ranks get held-out text of another
-node's part. <b>unsteered</b>: the bias is zero; where each rank has a gate of its own, the mean of
-all gates routes.</li>
+<li>Every rank trains on windows from the whole text. <b>own</b>: each rank routes its own stretch
+of held-out text; <b>foreign</b>: the stretch of the next node's ranks. <b>unsteered</b>: the bias
+is zero; where each rank has a gate of its own, the mean of all gates routes.</li>
 <li>A few minutes of training show speed, not final quality. A longer run with several seeds shows
 quality: <code>experiments/quality.json</code>.</li>
 </ul></section>

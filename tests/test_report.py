@@ -1,0 +1,183 @@
+"""Figures and the page: complete, self-contained, labelled, and true to the numbers."""
+
+from __future__ import annotations
+
+import base64
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from tamoe.experiments.figures import draw_all
+from tamoe.experiments.results import Document, complete_setting, empty_strategy, time_to_loss
+from tamoe.report import MAX_REPORT_BYTES, render_report, verdict, write_report
+from tamoe.topology.errors import InputError
+
+from .results_examples import STRATEGIES, example_setting
+
+FIGURES = {"links", "dispatch", "throughput", "exchange", "loss", "quality"}
+VOID = {"meta", "img", "br"}
+
+
+class _Page(HTMLParser):
+    """Checks nesting and collects what the page refers to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.references: list[str] = []
+        self.images: list[dict[str, str | None]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in VOID:
+            self.open.append(tag)
+        values = dict(attrs)
+        self.references += [v for k, v in attrs if k in ("src", "href", "srcset") and v]
+        if tag == "img":
+            self.images.append(values)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def _parsed(page: str) -> _Page:
+    parser = _Page()
+    parser.feed(page)
+    assert not parser.open
+    return parser
+
+
+@pytest.fixture(scope="module")
+def document() -> Document:
+    return {
+        **example_setting(),
+        "settings": [example_setting("published share", "4x2:160mbit")],
+        "command": "tamoe demo -o 'my <folder>'",
+        "made": {"torch": "2.x", "cores": 2},
+    }
+
+
+@pytest.fixture(scope="module")
+def figures(document: Document, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    return draw_all(document, tmp_path_factory.mktemp("figures"))
+
+
+def test_the_page_is_one_small_file_that_needs_no_network(
+    document: Document, figures: list[dict[str, str]], tmp_path: Path
+) -> None:
+    path = write_report(document, figures, tmp_path / "report.html")
+    assert path.stat().st_size < MAX_REPORT_BYTES
+    page = path.read_text()
+    parsed = _parsed(page)
+    assert len(parsed.images) == 2 * len(FIGURES)
+    assert all(reference.startswith("data:") for reference in parsed.references)
+    assert "<script" not in page and "@import" not in page and "url(" not in page
+
+
+def test_every_setting_has_all_figures_and_each_says_that_it_is_emulated(
+    figures: list[dict[str, str]],
+) -> None:
+    for setting in ("steep", "published share"):
+        assert {f["name"] for f in figures if f["setting"] == setting} == FIGURES
+    for figure in figures:
+        svg = Path(figure["path"]).read_bytes()
+        assert base64.b64decode(figure["data_uri"].split(",")[1]) == svg
+        # matplotlib writes each text it draws as a comment before its outlines
+        texts = " ".join(re.findall(r"<!--(.*?)-->", svg.decode(), flags=re.DOTALL))
+        assert "emulated" in texts, figure["name"]
+
+
+def test_the_table_comes_first_and_shows_every_strategy(
+    document: Document, figures: list[dict[str, str]]
+) -> None:
+    page = render_report(document, figures)
+    assert page.index("<table") < page.index('class="verdict"') < page.index("<figure")
+    table = page[page.index("<table") : page.index("</table>")]
+    for name, *_ in STRATEGIES:
+        assert f"<th scope='row'>{name}</th>" in table
+    assert "my &lt;folder&gt;" in page and "my <folder>" not in page
+
+
+def test_the_paragraph_says_what_was_gained_and_what_it_cost() -> None:
+    setting = example_setting()
+    best = setting["strategies"][-1]
+    text = verdict(setting)
+    assert "“bias kl=0.3”" in text
+    assert f"{best['speedup_over_even']:.1f} times as many tokens a second" in text
+    assert "5% of the bytes crossed node links in place of 75%" in text
+    assert f"{best['val_loss_over_even']:.1%} worse than even's" in text
+    assert f"{best['speedup_to_even_loss']:.1f} times as fast" in text
+
+
+def test_a_loss_that_nobody_reached_is_said_and_shown_as_a_dash() -> None:
+    setting = example_setting()
+    for strategy in setting["strategies"][1:]:
+        strategy["speedup_to_even_loss"] = strategy["time_to_even_loss_s"] = None
+    assert "No strategy that was faster reached the even run's final loss" in verdict(setting)
+    assert "<td>–</td>" in render_report(setting, [])
+
+
+def test_a_run_that_ended_early_still_gives_a_page(tmp_path: Path) -> None:
+    setting = example_setting()
+    setting["complete"] = False
+    setting["compute_step_s"] = None
+    for key in ("exchange_share", "speedup_bound"):
+        setting.pop(key)
+    # After one round: a few times, one point a curve, no losses at the end.
+    for strategy in setting["strategies"]:
+        blank = empty_strategy(strategy["name"], strategy["kind"], strategy["kl"], "")
+        kept = ("step_s", "tokens_per_s", "exchange_s", "remote_share", "counts_PN", "target_PN")
+        blank.update({key: strategy[key] for key in kept}, curve=strategy["curve"][:1])
+        strategy.clear()
+        strategy.update(blank)
+    complete_setting(setting)
+    page = render_report(setting, draw_all(setting, tmp_path))
+    _parsed(page)
+    assert "This run ended early" in page
+    # And before any training at all.
+    setting["strategies"] = []
+    assert "Nothing to compare yet" in render_report(setting, draw_all(setting, tmp_path))
+
+
+def test_names_cannot_inject_markup() -> None:
+    setting = example_setting()
+    setting["strategies"][1]["name"] = "<script>alert(1)</script>"
+    page = render_report(setting, [])
+    assert "<script" not in page
+
+
+def test_a_page_that_would_be_too_large_is_refused(tmp_path: Path) -> None:
+    figure = {"setting": "steep", "title": "t", "caption": "c", "data_uri": "x" * 5_000_000}
+    with pytest.raises(InputError, match="allowed: 5,000,000"):
+        write_report(example_setting(), [figure], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_time_to_a_loss_agrees_with_a_fine_search_along_the_curve() -> None:
+    curve = [
+        {"time_s": t, "val_loss": v} for t, v in ((0.0, 4.0), (3.0, 2.5), (5.0, 2.6), (9.0, 2.0))
+    ]
+    for loss in (4.5, 4.0, 3.3, 2.5, 2.45, 2.0):
+        # Walk along the straight pieces in small steps and stop where the loss is reached.
+        found = None
+        for before, after in zip(curve, curve[1:], strict=False):
+            for part in range(10_001):
+                value = before["val_loss"] + part / 1e4 * (after["val_loss"] - before["val_loss"])
+                if found is None and value <= loss + 1e-12:
+                    found = before["time_s"] + part / 1e4 * (after["time_s"] - before["time_s"])
+        assert time_to_loss(curve, loss) == pytest.approx(found, abs=1e-3)
+    assert time_to_loss(curve, 1.9) is None
+    assert time_to_loss([], 1.0) is None
+
+
+def test_speed_ups_share_and_bound_follow_from_the_measurements() -> None:
+    setting = example_setting()
+    even, *_, strong = setting["strategies"]
+    assert setting["exchange_share"] == pytest.approx(1 - 0.15 / 1.2)
+    assert setting["speedup_bound"] == pytest.approx(1.2 / 0.15)
+    assert even["speedup_over_even"] == even["speedup_to_even_loss"] == 1.0
+    assert strong["speedup_over_even"] == pytest.approx(1.2 / 0.22)
+    assert strong["time_to_even_loss_s"] > 48 * 0.22  # it costs more steps than the even run took
+    assert 1 < strong["speedup_to_even_loss"] < strong["speedup_over_even"]
+    assert strong["speedup_over_even"] < setting["speedup_bound"]
