@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from tamoe.progress import progress_line
-from tamoe.topology.errors import InputError, StoppedError
+from tamoe.topology.errors import InputError, ProbeError, StoppedError
 from tamoe.topology.graph import Topology
 
 PROBE_TIMEOUT_S = 900.0
@@ -45,7 +47,9 @@ def run_probe(
         raise InputError(f"--ranks is {ranks}; allowed: 1 or more")
     if cluster is not None and ranks is not None:
         raise InputError("--ranks and --cluster: give one; the cluster says how many ranks it has")
-    if not output.parent.is_dir():
+    if output.is_dir():
+        raise InputError(f"--output is {str(output)!r}, a folder; allowed: the name of a file")
+    if output.parent.exists() and not output.parent.is_dir():
         raise InputError(f"--output is {str(output)!r}; {output.parent} is not a folder")
     job = job_environment(os.environ)
     if job is not None:
@@ -72,11 +76,14 @@ def job_environment(environment: Mapping[str, str]) -> dict[str, str] | None:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     for theirs in (names, *_LAUNCHERS):
         if theirs[0] in environment and theirs[1] in environment:
-            values = (
-                environment[theirs[0]],
-                environment[theirs[1]],
-                environment.get(theirs[2], "0"),
-            )
+            local_rank = environment.get(theirs[2], "0")
+            values = (environment[theirs[0]], environment[theirs[1]], local_rank)
+            for name, value in zip(theirs, values, strict=True):
+                if not value.isdecimal():
+                    raise InputError(f"{name} is {value!r} in the environment; allowed: a number")
+            if int(values[0]) >= int(values[1]):
+                allowed = f"below {theirs[1]}, which is {values[1]}"
+                raise InputError(f"{theirs[0]} is {values[0]}; allowed: {allowed}")
             return dict(zip(names, values, strict=True))
     return None
 
@@ -112,14 +119,15 @@ def _probe_own_ranks(
     target: ClusterSpec | int
     if cluster is not None:
         target = ClusterSpec.parse(cluster)
+    elif _visible_gpus():
+        return _probe_own_gpus(ranks or _visible_gpus(), output, budget_s)
     else:
-        target = ranks or _visible_gpus() or max(2, os.cpu_count() or 2)
-        if not _visible_gpus():
-            print(
-                f"no GPU here: measuring this host's loopback with {target} ranks. For a cluster: "
-                f"{TORCHRUN_LINE}",
-                file=sys.stderr,
-            )
+        target = ranks or max(2, os.cpu_count() or 2)
+        print(
+            f"no GPU here: measuring this host's loopback with {target} ranks. For a cluster: "
+            f"{TORCHRUN_LINE}",
+            file=sys.stderr,
+        )
     results = run_ranks(target, _probe_rank, str(output), budget_s, timeout_s=PROBE_TIMEOUT_S)
     topology: Topology = results[0]
     if cluster is None:
@@ -127,6 +135,16 @@ def _probe_own_ranks(
     # Ranks cannot see what carries their traffic; whoever shaped the links can.
     label = {**topology.provenance, "label": "emulated", "cluster": str(target)}
     return dataclasses.replace(topology, provenance=label)
+
+
+def _probe_own_gpus(ranks: int, output: Path, budget_s: float | None) -> Topology:
+    """One rank a GPU under torchrun, where the group is NCCL's and CUDA starts in each rank."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(ranks), "-m", "tamoe", "probe", "-o", str(output)]
+    command += [] if budget_s is None else ["--budget-s", str(budget_s)]
+    if subprocess.run(command, stdout=subprocess.DEVNULL).returncode != 0:
+        raise ProbeError(f"probe of {ranks} GPUs failed; what the ranks said stands above")
+    return Topology.load(output)
 
 
 def _visible_gpus() -> int:
@@ -139,9 +157,11 @@ def _visible_gpus() -> int:
     except pynvml.NVMLError:
         return 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return (
-        count if visible is None else min(count, len([v for v in visible.split(",") if v.strip()]))
-    )
+    if visible is None:
+        return count
+    named = [name.strip() for name in visible.split(",")]
+    # CUDA takes the list up to the first entry that is no device.
+    return min(count, sum(1 for _ in itertools.takewhile(lambda n: n not in ("", "-1"), named)))
 
 
 def _probe_rank(rank: int, output: str, budget_s: float | None) -> Topology | None:

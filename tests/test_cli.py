@@ -84,7 +84,8 @@ def test_show_json_is_the_file(capsys: pytest.CaptureFixture[str], topology_file
         (["probe", "--cluster", "4x2:0mbit"], "0mbit"),
         (["probe", "--cluster", "2x1:1gbit", "--budget-s", "0"], "--budget-s is 0"),
         (["probe", "--ranks", "0"], "--ranks is 0"),
-        (["probe", "--cluster", "2x1:1gbit", "-o", "missing/t.json"], "is not a folder"),
+        (["probe", "--cluster", "2x1:1gbit", "-o", "."], "a folder; allowed"),
+        (["solve", "FILE", "-o", "."], "cannot write"),
         (["emulate", "4y2", "--", "true"], "4y2"),
         (["demo", "--cluster", "4x2:50mbit,1gbit"], "4x2"),
         (["demo", "--steps", "0"], "steps is 0"),
@@ -111,5 +112,9 @@ def test_probe_inside_a_job_refuses_a_cluster(
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, err = run(capsys, "probe", "--cluster", "2x1:1gbit")
     assert (code, "running job" in err) == (2, True)
+    monkeypatch.setenv("WORLD_SIZE", "x")
+    code, _, err = run(capsys, "probe")
+    assert (code, "WORLD_SIZE is 'x'" in err) == (2, True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, err = run(capsys, "probe")
     assert (code, "MASTER_ADDR is not set" in err) == (2, True)

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LAYERS = ["tamoe.topology", "tamoe.solver", "tamoe", "tamoe.experiments"]
 FOLDERS = {"topology": 0, "solver": 1, "tamoe": 2, "experiments": 3}
 HEAVY = ("torch", "scipy", "cvxpy", "matplotlib", "pyroute2", "networkx")
 

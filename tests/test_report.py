@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -161,7 +162,7 @@ def test_time_to_a_loss_agrees_with_a_fine_search_along_the_curve() -> None:
     for loss in (4.5, 4.0, 3.3, 2.5, 2.45, 2.0):
         # Walk along the straight pieces in small steps and stop where the loss is reached.
         found = None
-        for before, after in zip(curve, curve[1:], strict=False):
+        for before, after in itertools.pairwise(curve):
             for part in range(10_001):
                 value = before["val_loss"] + part / 1e4 * (after["val_loss"] - before["val_loss"])
                 if found is None and value <= loss + 1e-12:

@@ -19,6 +19,7 @@ from tamoe.topology.formats import topology_to_document
 from tamoe.topology.tree import num_ranks, parse_tree, tree_depth, tree_vertices
 
 INTRA, UPLINK, SWITCH = 2e9, 48e6, 12e6
+PAIR = {"source_rank": 0, "target_rank": 1, "alpha_s": 1e-5, "beta_s_per_byte": 1e-9}
 TREES = st.recursive(st.integers(1, 3), lambda inner: st.lists(inner, min_size=1, max_size=3))
 
 
@@ -145,6 +146,11 @@ def _broken(change: Any) -> dict[str, Any]:
         (lambda d: d.update(nodes=[[0, "1"]]), r"nodes\[0\]"),
         (lambda d: d.update(contention="none"), "contention is 'none'"),
         (lambda d: d.update(pairs=[{"source_rank": 0}]), r"pairs\[0\]: missing field"),
+        (lambda d: d.update(pairs=5), "pairs is 5; allowed: a list"),
+        (lambda d: d.update(pairs=[PAIR | {"target_rank": [1]}]), r"pairs\[0\]: ranks are"),
+        (lambda d: d.update(pairs=[PAIR | {"target_rank": 99}]), r"pairs has \(0, 99\)"),
+        (lambda d: d.update(provenance=3), "provenance is 3; allowed: an object"),
+        (lambda d: d["vertices"][0].update(name=None), r"vertices\[0\]: name is None"),
     ],
 )
 def test_a_wrong_file_is_refused_by_field(tmp_path: Path, change: Any, message: str) -> None:
@@ -160,6 +166,9 @@ def test_truncated_missing_and_binary_files(tmp_path: Path) -> None:
         Topology.load(path)
     path.write_text(json.dumps(topology_to_document(small_tree()))[:200])
     with pytest.raises(InputError, match="truncated or not JSON"):
+        Topology.load(path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(InputError, match="not a file of schema"):
         Topology.load(path)
     path.write_bytes(b"\xff\xfe\x00\x01")
     with pytest.raises(InputError, match="not a text file"):
@@ -181,6 +190,10 @@ def test_wrong_numbers_of_levels_and_bad_values_are_refused() -> None:
         Topology.from_tree("2x1", bandwidth_bytes_per_s=(1e9, 0))
     with pytest.raises(InputError, match=r"beta_s_per_byte\[0, 1\] is -1"):
         Topology.from_matrices(np.zeros((2, 2)), [[1, -1], [1, 1]])
+    with pytest.raises(InputError, match="allowed: numbers"):
+        Topology.from_tree("2x1", bandwidth_bytes_per_s=("fast", 1e9))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="not a table of numbers"):
+        Topology.from_matrices([[0, 1], [1]], [[1, 1], [1, 1]])
     with pytest.raises(InputError, match="latency_s is -1"):
         Link("a", "b", 1.0, latency_s=-1)
 

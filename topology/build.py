@@ -148,7 +148,10 @@ def from_matrices(
         i, j = (int(index) for index in np.argwhere(beta_PP == 0)[0])
         raise InputError(f"beta_s_per_byte[{i}, {j}] is 0; allowed: > 0")
     num_ranks = len(alpha_PP)
-    partition = [(r,) for r in range(num_ranks)] if nodes is None else [tuple(n) for n in nodes]
+    try:
+        partition = [(r,) for r in range(num_ranks)] if nodes is None else [tuple(n) for n in nodes]
+    except TypeError:
+        raise InputError(f"nodes is {nodes!r}; allowed: lists of ranks") from None
     node_of = {rank: number for number, ranks in enumerate(partition) for rank in ranks}
     if sorted(r for ranks in partition for r in ranks) != list(range(num_ranks)):
         raise InputError(f"nodes is {partition}; allowed: every rank below {num_ranks} once")
@@ -166,16 +169,22 @@ def from_matrices(
 
 
 def _per_level(name: str, values: Sequence[float], levels: int) -> list[float]:
-    if isinstance(values, int | float) or len(values) != levels:
+    if not isinstance(values, Sequence | np.ndarray) or len(values) != levels:
         raise InputError(
             f"{name} is {values!r}; allowed: {levels} numbers, one a level: the device link inside "
             f"a node, then the node's uplink, then each level of switch uplinks"
         )
-    return [float(value) for value in values]
+    try:
+        return [float(value) for value in values]
+    except (TypeError, ValueError):
+        raise InputError(f"{name} is {values!r}; allowed: numbers") from None
 
 
 def _square(name: str, values: np.ndarray | Sequence[Sequence[float]]) -> np.ndarray:
-    matrix = np.asarray(values, dtype=np.float64)
+    try:
+        matrix = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise InputError(f"{name} is not a table of numbers; allowed: (ranks, ranks)") from None
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not len(matrix):
         raise InputError(f"{name} has shape {matrix.shape}; allowed: (ranks, ranks)")
     if not np.isfinite(matrix).all() or (matrix < 0).any():

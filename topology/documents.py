@@ -33,6 +33,9 @@ def write_document(path: str | os.PathLike[str], document: Mapping[str, Any]) ->
         os.umask(umask)
         os.chmod(name, 0o666 & ~umask)  # mkstemp makes private files; this one is for others too
         os.replace(name, target)
+    except OSError as error:
+        Path(name).unlink(missing_ok=True)
+        raise InputError(f"cannot write {target}: {error.strerror}") from None
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
@@ -59,6 +62,8 @@ def read_document(path: str | os.PathLike[str], schema: str, version: str) -> di
             f"{path}, line {error.lineno} column {error.colno}: {error.msg}; "
             f"the file is truncated or not JSON"
         ) from None
+    except (ValueError, RecursionError) as error:  # numbers too long, lists too deep
+        raise InputError(f"{path}: not a file of schema {schema!r} ({error})") from None
     if not isinstance(document, dict):
         raise InputError(f"{path}: expected a JSON object of schema {schema!r}")
     found = document.get("schema")

@@ -29,12 +29,6 @@ class EmulationError(TamoeError):
     exit_code = 2
 
 
-class MissingDependencyError(TamoeError):
-    """An optional package is needed for this and is not installed."""
-
-    exit_code = 2
-
-
 class RankError(TamoeError):
     """A rank raised, died or did not answer in time.
 

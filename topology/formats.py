@@ -59,6 +59,8 @@ def topology_from_document(document: Mapping[str, Any], where: str) -> Topology:
     for position, vertex in enumerate(_list(document, "vertices", where)):
         here = f"{where}: vertices[{position}]"
         name = field(vertex, "name", here)
+        if not isinstance(name, str):
+            raise InputError(f"{here}: name is {name!r}; allowed: a string")
         if name in graph:
             raise InputError(f"{here}: name {name!r} stands twice")
         kind = field(vertex, "kind", here)
@@ -70,6 +72,9 @@ def topology_from_document(document: Mapping[str, Any], where: str) -> Topology:
     for position, link in enumerate(_list(document, "links", where)):
         _read_link(graph, link, f"{where}: links[{position}]")
     nodes, pairs = _read_nodes(document, where), _read_pairs(document, where)
+    provenance = document.get("provenance", {})
+    if not isinstance(provenance, Mapping):
+        raise InputError(f"{where}: provenance is {provenance!r}; allowed: an object")
     overhead_s = number(document, "overhead_s", where, default=0.0)
     copy_bytes_per_s = document.get("copy_bytes_per_s")
     if copy_bytes_per_s is not None:
@@ -82,7 +87,7 @@ def topology_from_document(document: Mapping[str, Any], where: str) -> Topology:
             overhead_s,
             copy_bytes_per_s,
             pairs,
-            dict(document.get("provenance", {})),
+            dict(provenance),
             {key: value for key, value in document.items() if key not in _KNOWN},
         )
     except InputError as error:
@@ -139,9 +144,11 @@ def _read_nodes(document: Mapping[str, Any], where: str) -> tuple[tuple[int, ...
 
 def _read_pairs(document: Mapping[str, Any], where: str) -> dict[tuple[int, int], Pair]:
     pairs = {}
-    for position, pair in enumerate(document.get("pairs", [])):
+    for position, pair in enumerate(_list(document, "pairs", where) if "pairs" in document else ()):
         here = f"{where}: pairs[{position}]"
         ends = (field(pair, "source_rank", here), field(pair, "target_rank", here))
+        if not all(type(rank) is int for rank in ends):
+            raise InputError(f"{here}: ranks are {ends}; allowed: integers")
         alpha_s = number(pair, "alpha_s", here)
         beta_s_per_byte = number(pair, "beta_s_per_byte", here, exclusive=True)
         pairs[ends] = Pair(alpha_s, beta_s_per_byte, pair.get("origin", "measured"))

@@ -92,6 +92,9 @@ class Topology:
                 f"graph: {len(self._device)} devices for {len(ranks)} ranks; every rank of nodes "
                 f"needs one vertex of kind 'device' with that rank"
             )
+        for ends in self.pairs:
+            if not all(0 <= rank < len(ranks) for rank in ends):
+                raise InputError(f"pairs has {ends}; allowed: ranks from 0 to {len(ranks) - 1}")
         if self.contention not in ("shared", "pairwise"):
             raise InputError(f"contention is {self.contention!r}; allowed: 'shared', 'pairwise'")
         if not (math.isfinite(self.overhead_s) and self.overhead_s >= 0):

@@ -1,0 +1,222 @@
+"""The demo's chain: arguments, training in turns on real ranks, and what is written."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tamoe.experiments.demo import run_demo
+from tamoe.experiments.predict import predict_exchanges, step_exchange_s, with_credit_of
+from tamoe.experiments.results import Document, all_settings, complete_setting, load_results
+from tamoe.experiments.strategies import default_strategies
+from tamoe.experiments.train import Job, train_rank
+from tamoe.experiments.trainee import TrainConfig
+from tamoe.solver import Workload, solve
+from tamoe.topology.errors import InputError
+from tamoe.topology.graph import Link, Topology
+from tamoe.topology.ranks import run_ranks
+
+from .results_examples import example_setting
+
+REQUIRED = {
+    "name",
+    "tokens_per_s",
+    "step_s",
+    "exchange_s",
+    "predicted_exchange_s",
+    "remote_share",
+    "val_loss_own",
+    "val_loss_foreign",
+    "val_loss_no_bias",
+    "allreduce_s",
+    "speedup_over_even",
+    "time_to_even_loss_s",
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 0}, r"steps is 0; allowed: a whole number >= 12"),
+        ({"steps": 2.5}, r"steps is 2.5"),
+        ({"seed": -1}, r"seed is -1; allowed: a whole number from 0"),
+        ({"cluster": "4x2:0mbit"}, r"0mbit"),
+        ({"cluster": "4x"}, r"4x"),
+        ({"cluster": "1x4"}, r"one node; allowed: two nodes or more"),
+        ({"text": "no such file"}, r"cannot read no such file"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_starts(
+    arguments: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        run_demo(**{"out": tmp_path / "demo", **arguments})  # type: ignore[arg-type]
+    assert not (tmp_path / "demo").exists()
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("mine")
+    with pytest.raises(InputError, match="a file; allowed: a folder"):
+        run_demo(out=taken)
+    assert taken.read_text() == "mine"
+
+
+# ---- training on real ranks -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Document, Path]:
+    """Two plain ranks, each its own node, a small model, a few steps."""
+    path = tmp_path_factory.mktemp("demo") / "results.json"
+    topology = Topology.from_tree("2x1", bandwidth_bytes_per_s=(1e9, 1e7))
+    config = TrainConfig(
+        hidden_size=32, intermediate_size=32, sequences=4, sequence_length=32, learning_rate=1e-2
+    )
+    workload = Workload(config.tokens_per_rank, 2, 32, 4, config.experts_per_rank)
+    plans = {kl: solve(topology, workload, method="entropic", kl=kl) for kl in (0.5, 0.3)}
+    setting = {"setting": "test", "cluster": "2x1", "nodes": [[0], [1]], "complete": False}
+    job = Job(
+        setting=setting,
+        before=(example_setting(),),
+        about={"command": "test"},
+        results_path=path,
+        topology=topology,
+        strategies=default_strategies(),
+        plans=plans,
+        config=config,
+        steps=28,
+    )
+    return run_ranks(2, train_rank, job, timeout_s=240)[0], path
+
+
+@pytest.mark.ranks
+def test_every_strategy_starts_alike_and_learns(trained: tuple[Document, Path]) -> None:
+    setting, _ = trained
+    starts = {strategy["curve"][0]["val_loss"] for strategy in setting["strategies"]}
+    assert len(starts) == 1 and starts.pop() == pytest.approx(math.log(80), rel=1e-5)
+    for strategy in setting["strategies"]:
+        assert strategy["val_loss_own"] < math.log(80) - 0.8
+        assert strategy["curve"][0]["time_s"] == 0.0
+        times = [point["time_s"] for point in strategy["curve"]]
+        assert times == sorted(times)
+
+
+@pytest.mark.ranks
+def test_steering_keeps_tokens_in_the_node(trained: tuple[Document, Path]) -> None:
+    setting, _ = trained
+    even, capacity, *steered = setting["strategies"]
+    assert even["remote_share"] == pytest.approx(0.5, abs=0.1)
+    assert capacity["remote_share"] == pytest.approx(0.5, abs=1e-6)
+    for strategy in steered:
+        target_PN = np.array(strategy["target_PN"])
+        wanted = target_PN[0, 4:].sum() / target_PN[0].sum()
+        assert strategy["remote_share"] == pytest.approx(wanted, abs=0.1)
+        assert strategy["remote_share"] < 0.35
+
+
+@pytest.mark.ranks
+def test_counts_are_what_ranks_sent(trained: tuple[Document, Path]) -> None:
+    setting, _ = trained
+    choices = 2 * 4 * 32  # top-2 of each rank's tokens
+    for strategy in setting["strategies"]:
+        counts_PN = np.array(strategy["counts_PN"])
+        assert counts_PN.shape == (2, 8)
+        if strategy["kind"] == "capacity":
+            assert np.allclose(counts_PN, math.ceil(1.25 * choices / 8))
+        else:
+            assert np.allclose(counts_PN.sum(1), choices, rtol=1e-4)
+            assert strategy["dropped_share"] == 0
+
+
+@pytest.mark.ranks
+def test_the_ranks_write_what_they_return_behind_earlier_settings(
+    trained: tuple[Document, Path],
+) -> None:
+    setting, path = trained
+    document = load_results(path)
+    first, second = all_settings(document)
+    assert first["setting"] == "steep" and document["command"] == "test"
+    assert second["strategies"] == setting["strategies"]
+    assert setting["complete"] and setting["steps"] == 28
+    for strategy in complete_setting(setting)["strategies"]:
+        assert strategy.keys() >= REQUIRED
+    even = setting["strategies"][0]
+    assert even["name"].startswith("even") and even["speedup_to_even_loss"] == 1.0
+    assert even["val_loss_own"] == even["val_loss_foreign"] == even["val_loss_no_bias"]
+
+
+@pytest.mark.ranks
+def test_times_fit_together(trained: tuple[Document, Path]) -> None:
+    setting, _ = trained
+    assert 0 < setting["compute_step_s"] < setting["strategies"][0]["step_s"]
+    assert setting["memory_bytes"] is None or 1e7 < setting["memory_bytes"] < 6e9
+    for strategy in setting["strategies"]:
+        assert 0 < strategy["exchange_s"] < strategy["step_s"]
+        assert 0 < strategy["allreduce_s"] < strategy["step_s"]
+        assert strategy["tokens_per_s"] == pytest.approx(256 / strategy["step_s"])
+
+
+# ---- predictions ------------------------------------------------------------------------------
+
+
+def test_a_pause_gives_back_at_most_the_burst() -> None:
+    topology = Topology.from_tree("2x1", bandwidth_bytes_per_s=(1e9, 1e6))
+    graph = topology.graph.copy()
+    graph.edges["nic0", "switch0"]["burst_bytes"] = 1000.0
+    topology = Topology(graph, topology.nodes)
+
+    def burst(pause_s: float) -> float:
+        links: tuple[Link, ...] = with_credit_of(topology, pause_s).links
+        return next(link.burst_bytes for link in links if link.source == "nic0" and link.level)
+
+    assert burst(0.0) == 0.0
+    assert burst(5e-4) == pytest.approx(500.0)
+    assert burst(1.0) == 1000.0
+
+
+def test_a_step_exchanges_four_times_a_layer() -> None:
+    # One rank a node, all of the 100 tokens of 40 bytes cross the 1 MB/s uplinks: 4 ms a way.
+    topology = Topology.from_tree("2x1", bandwidth_bytes_per_s=(1e12, 1e6))
+    workload = Workload(tokens_per_rank=100, top_k=1, hidden_size=10, element_bytes=4)
+    counts_PN = np.array([[0.0, 100.0], [100.0, 0.0]])
+    predicted = step_exchange_s(topology, workload, counts_PN, layers=3, pause_s=0.0)
+    assert predicted == pytest.approx(4 * 3 * 0.004)
+
+
+def test_predictions_fall_with_the_traffic() -> None:
+    setting = example_setting()
+    predict_exchanges(setting)
+    predicted = [strategy["predicted_exchange_s"] for strategy in setting["strategies"]]
+    assert predicted[0] == pytest.approx(predicted[1])
+    assert sorted(predicted, reverse=True) == predicted
+    # Even: two ranks of a node send 3/4 of 2048 rows of 256 bytes over 6 MB/s, eight times a step.
+    assert predicted[0] == pytest.approx(8 * 2 * 0.75 * 2048 * 256 / 6e6, rel=0.01)
+
+
+# ---- the whole chain --------------------------------------------------------------------------
+
+
+@pytest.mark.emulated
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_the_chain_runs_from_links_to_page(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    document = run_demo("2x2:100mbit", tmp_path, steps=12)
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert written["strategies"] == document["strategies"]
+    assert written["cluster"] == "2x2:100mbit" and written["steps"] == 12
+    assert set(written["workload"]) >= {"tokens_per_rank", "top_k", "hidden_size", "num_experts"}
+    assert (tmp_path / "report.html").stat().st_size < 5_000_000
+    assert len(list((tmp_path / "figures").glob("*.svg"))) == 6
+    even, *_, strong = written["strategies"]
+    assert strong["remote_share"] < even["remote_share"]
+    assert strong["step_s"] < even["step_s"]
+    out, err = capfd.readouterr()
+    assert "emulated" in out and "report.html" in out
+    assert "Traceback" not in err and "s left" in err
