@@ -69,13 +69,13 @@ def _figures(setting: Setting) -> Iterator[tuple[str, str, str, Figure]]:
             "processors.",
             links_figure(setting),
         )
-    if any(s["target_PN"] for s in setting["strategies"]):
+    if any(s["counts_PN"] for s in setting["strategies"]):
         yield (
             "dispatch",
             "Dispatch: wanted and reached",
-            "Tokens that each rank (row) sends to each expert (column) in a step, relative to the "
-            "even dispatch. Above: the plan's target. Below: what the router did at the end of "
-            "training, mean of the layers. White lines separate nodes.",
+            "Tokens that each rank (row) sends to each expert (column) a step, relative to even "
+            "even dispatch. Above: the target, even for the first two. Below: what the router did "
+            "at the end of training, mean of the layers. White lines separate nodes.",
             dispatch_figure(setting),
         )
     if not measured or not even_strategy(setting)["tokens_per_s"]:
@@ -90,10 +90,10 @@ def _figures(setting: Setting) -> Iterator[tuple[str, str, str, Figure]]:
     yield (
         "exchange",
         "Exchange time: predicted and measured",
-        "Seconds a step in dispatch and combine, forward and backward, of all layers. Predicted: "
-        "the cost model on the measured links with the counts that were reached. Alone: the same "
-        "counts exchanged with nothing else running. In training: with the ranks' waiting for one "
-        "another.",
+        "Seconds a step in dispatch and combine, forward and backward, of all layers, for the "
+        "counts that were reached. Alone: exchanges one after another with nothing else running. "
+        "In training: with the waits of ranks for one another, and with the burst credit that "
+        "links regain while ranks compute.",
         exchange_figure(measured),
     )
     curves = [s for s in measured if len(s["curve"]) > 1]
@@ -133,16 +133,14 @@ def dispatch_figure(setting: Setting) -> Figure:
         setting, 2.5 * len(strategies) + 1.2, 5.0, "tokens from each rank to each expert"
     )
     axes_grid = figure.subplots(2, len(strategies), squeeze=False, sharex=True, sharey=True)
-    shares = [_share_of_even(s[key]) for key in ("target_PN", "counts_PN") for s in strategies]
-    top = max((share.max() for share in shares if share is not None), default=1.0)
-    image = None
+    targets = [_share_of_even(s["target_PN"]) for s in strategies]
+    reached = [_share_of_even(s["counts_PN"]) for s in strategies]
+    shape = next(share.shape for share in reached if share is not None)
+    even = np.ones(shape)  # what a balance loss alone aims at
+    shares = [even if share is None else share for share in targets + reached]
+    top = max(share.max() for share in shares)
+    image: Any = None
     for axes, share in zip(axes_grid.flat, shares, strict=True):
-        if share is None:
-            axes.text(0.5, 0.5, "no target:\nbalance only", transform=axes.transAxes, ha="center",
-                      va="center", color=_GREY, fontsize=9)  # fmt: skip
-            axes.set(xticks=[], yticks=[])
-            axes.set_frame_on(False)
-            continue
         image = axes.imshow(share, vmin=0, vmax=top, cmap=_SEQUENTIAL, aspect="auto")
         _node_lines(axes, setting, share.shape[1])
     for axes, strategy in zip(axes_grid[0], strategies, strict=True):
@@ -151,9 +149,8 @@ def dispatch_figure(setting: Setting) -> Figure:
         axes.set_ylabel(f"{row}\nfrom rank", fontsize=10)
     for axes in axes_grid[1]:
         axes.set_xlabel("to expert")
-    if image is not None:
-        bar = figure.colorbar(image, ax=axes_grid, fraction=0.03, pad=0.01)
-        bar.set_label("tokens, relative to even")
+    bar = figure.colorbar(image, ax=axes_grid, fraction=0.03, pad=0.01)
+    bar.set_label("tokens, relative to even")
     return figure
 
 
@@ -186,16 +183,17 @@ def throughput_figure(setting: Setting, strategies: Sequence[Mapping[str, Any]])
 def exchange_figure(strategies: Sequence[Mapping[str, Any]]) -> Figure:
     """Exchange seconds a step: predicted, alone, in training."""
     kinds = (
-        ("predicted_exchange_s", "predicted (simulated)", "#e69f00"),
-        ("exchange_alone_s", "measured alone (emulated)", "#56b4e9"),
-        ("exchange_s", "measured in training (emulated)", "#0072b2"),
+        ("predicted_alone_s", "alone: predicted (simulated)", "#f3cf8a"),
+        ("exchange_alone_s", "alone: measured (emulated)", "#e69f00"),
+        ("predicted_exchange_s", "in training: predicted (simulated)", "#9ecae9"),
+        ("exchange_s", "in training: measured (emulated)", "#0072b2"),
     )
     figure = _figure(None, _WIDTH, 3.8, "exchange time per step")
     axes = figure.subplots()
     position = np.arange(len(strategies))
-    for offset, (key, label, colour) in zip((-0.27, 0.0, 0.27), kinds, strict=True):
+    for offset, (key, label, colour) in zip((-0.31, -0.11, 0.11, 0.31), kinds, strict=True):
         values = [s[key] or 0.0 for s in strategies]
-        bars = axes.bar(position + offset, values, width=0.25, color=colour, label=label)
+        bars = axes.bar(position + offset, values, width=0.19, color=colour, label=label)
         axes.bar_label(bars, [f"{v:.2f}" for v in values], fontsize=8, padding=2)
     axes.set_xticks(position, [_wrap(s["name"]) for s in strategies])
     axes.set(ylabel="seconds a step")

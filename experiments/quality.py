@@ -1,8 +1,11 @@
 """Does steering cost quality? A longer run without a network, with several seeds.
 
 What a strategy learns does not depend on how fast its links are. So one process holds the experts
-of all ranks, and every rank's tokens pass that rank's own gate or bias: the same gates, plans and
-steering as in the demo, at the speed of one process. Plans are made for the demo's steep cluster.
+of all ranks, and every rank's tokens pass that rank's own gate or bias: the demo's strategies, at
+the speed of one process. Plans are made for the links that the demo's steep cluster is given.
+
+Ranks train on the whole text, or with ``--sharded`` each on its own stretch of it. Then text of
+another node is foreign to a rank, and local experts can gain from knowing their own.
 
     python -m tamoe.experiments.quality -o experiments/quality.json --steps 1500 --seeds 3
 
@@ -30,15 +33,17 @@ from tamoe.exchange import Exchange
 from tamoe.experiments.model import GPT, initialise
 from tamoe.experiments.predict import with_credit_of
 from tamoe.experiments.results import Document
-from tamoe.experiments.strategies import Strategy, make_gate, make_layer
+from tamoe.experiments.strategies import Strategy, default_strategies, make_gate
 from tamoe.experiments.text import Corpus, load_text, train_batch, validation_batch
 from tamoe.experiments.trainee import TrainConfig
 from tamoe.functional import balance_loss, expert_counts
 from tamoe.gates import GShardGate, steering
+from tamoe.moe import MoE
 from tamoe.plan_module import PlanRows
 from tamoe.routing import Routing
 from tamoe.solver import Plan, Workload, solve
 from tamoe.topology.documents import read_document, write_document
+from tamoe.topology.errors import InputError
 from tamoe.topology.spec import ClusterSpec
 
 SCHEMA, SCHEMA_VERSION = "tamoe.quality", "1.0"
@@ -103,7 +108,9 @@ class Run:
         corpus: Corpus,
         plan: PlanRows | None,
         nodes: Sequence[Sequence[int]],
+        sharded: bool = False,
     ) -> None:
+        self.only_part_of = sum(map(len, nodes)) if sharded else None
         self.strategy, self.config, self.corpus, self.nodes = strategy, config, corpus, nodes
         self.num_ranks = sum(map(len, nodes))
         num_experts = self.num_ranks * config.experts_per_rank
@@ -121,9 +128,9 @@ class Run:
                 )
                 for rank in range(self.num_ranks)
             ]
-            layer = make_layer(strategy, gates[0], config.make_expert, exchange)
-            layer.gate = GateOfRanks(gates)
-            return layer
+            # Padding to the capacity changes no result, so every strategy is a plain MoE here.
+            gate = GateOfRanks(gates)
+            return MoE(gate, config.make_expert, num_experts=num_experts, exchange=exchange)
 
         self.model = GPT(config.model(corpus.vocabulary_size), make_moe)
         initialise(self.model, seed=config.seed)
@@ -140,7 +147,11 @@ class Run:
         """One step of all ranks together; the task loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * group["factor"] * lr_factor
-        out = self.model(self._batch(train_batch, seed=self.config.seed, step=step))
+        out = self.model(
+            self._batch(
+                train_batch, seed=self.config.seed, step=step, only_part_of=self.only_part_of
+            )
+        )
         (out.loss + out.aux_loss).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -186,7 +197,7 @@ class Run:
         inside = counts_PN[node_P[:, None] == node_N[None, :]].sum()
         return float(inside / counts_PN.sum())
 
-    def _batch(self, draw: Callable[..., np.ndarray], **which: int) -> torch.Tensor:
+    def _batch(self, draw: Callable[..., np.ndarray], **which: int | None) -> torch.Tensor:
         parts = [
             draw(
                 self.corpus,
@@ -220,27 +231,28 @@ class Trial:
 
 def trials() -> tuple[Trial, ...]:
     """The strategies of the demo, a gentler bias, and biases that let go towards the end."""
-    gentle, strong = 0.5, 0.3
+    demo = default_strategies()
+    bias = demo[-1]
     return (
-        Trial("even", Strategy("even", "even")),
-        Trial("bias kl=0.5", Strategy("bias", "bias", gentle)),
-        Trial("bias kl=0.3", Strategy("bias", "bias", strong)),
-        Trial("bias kl=1", Strategy("bias", "bias", 1.0)),
-        Trial("bias kl=0.3, then 1", Strategy("bias", "bias", strong), later_kl=1.0),
-        Trial("ta-moe loss kl=0.5", Strategy("loss", "loss", gentle, gate_lr_factor=1.0)),
-        Trial("capacity 1.25", Strategy("capacity", "capacity")),
+        *(Trial(strategy.name, strategy) for strategy in demo),
+        Trial("bias kl=1", dataclasses.replace(bias, kl=1.0)),
+        Trial(f"{bias.name}, then 1", bias, later_kl=1.0),
     )
 
 
 def run_trial(
-    trial: Trial, config: TrainConfig, steps: int, plans: Mapping[float, Plan]
+    trial: Trial,
+    config: TrainConfig,
+    steps: int,
+    plans: Mapping[float, Plan],
+    sharded: bool = False,
 ) -> Document:
     """Train and validate; one entry of the file."""
     began_s = time.perf_counter()
     strategy = trial.strategy
     nodes = ClusterSpec.parse(CLUSTER).nodes
     plan = None if strategy.kl is None else plans[strategy.kl]
-    run = Run(strategy, config, load_text(), plan, nodes)
+    run = Run(strategy, config, load_text(), plan, nodes, sharded)
     shares, curve = [], []
     for step in range(steps):
         if trial.later_kl is not None and step == int(trial.later_from * steps):
@@ -254,6 +266,7 @@ def run_trial(
         "name": trial.name,
         "seed": config.seed,
         "steps": steps,
+        "text": "by rank" if sharded else "whole",
         "in_node_share": statistics.mean(shares[-steps // 10 :]),
         "mean_in_node_share": statistics.mean(shares),
         "val_loss_own": run.validate(VALIDATION_BATCHES),
@@ -271,14 +284,19 @@ def lr_factor(step: int, steps: int) -> float:
 
 def summary(runs: Sequence[Mapping[str, Any]]) -> list[Document]:
     """Each trial against the even run of the same seed: mean and standard deviation over seeds."""
-    even = {(r["steps"], r["seed"]): r for r in runs if r["name"].startswith("even")}
+
+    def alike(run: Mapping[str, Any]) -> tuple[Any, ...]:
+        return (run["steps"], run["text"], run["seed"])
+
+    even = {alike(run): run for run in runs if run["name"].startswith("even")}
     rows = []
-    for steps, name in dict.fromkeys((run["steps"], run["name"]) for run in runs):
-        own = [r for r in runs if (r["steps"], r["name"]) == (steps, name)]
-        own = [r for r in own if (steps, r["seed"]) in even]
-        row: Document = {"name": name, "steps": steps, "seeds": len(own)}
+    for kind in dict.fromkeys((run["steps"], run["text"], run["name"]) for run in runs):
+        own = [run for run in runs if (run["steps"], run["text"], run["name"]) == kind]
+        own = [run for run in own if alike(run) in even]
+        row: Document = dict(zip(("steps", "text", "name"), kind, strict=True))
+        row["seeds"] = len(own)
         for key in ("val_loss_own", "val_loss_foreign", "val_loss_no_bias"):
-            over = [run[key] / even[steps, run["seed"]]["val_loss_own"] - 1 for run in own]
+            over = [run[key] / even[alike(run)]["val_loss_own"] - 1 for run in own]
             row[f"{key}_over_even"] = statistics.mean(over) if over else None
             row[f"{key}_over_even_std"] = statistics.stdev(over) if len(over) > 1 else None
         for key in ("in_node_share", "mean_in_node_share", "val_loss_own"):
@@ -307,6 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=1500, help="of each run (default 1500)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each trial (default 3)")
     parser.add_argument("--only", nargs="*", help="names of trials (default all)")
+    parser.add_argument("--sharded", action="store_true", help="each rank trains on its stretch")
     parser.add_argument("--threads", type=int, default=2, help="of torch (default 2)")
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = parser.parse_args(given)
@@ -318,19 +337,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "label": "emulated routing: real training, no real links",
         "command": shlex.join(["python", "-m", "tamoe.experiments.quality", *given]),
         "cluster": CLUSTER,
-        "config": dataclasses.asdict(TrainConfig()),
+        "config": {**dataclasses.asdict(TrainConfig()), "warmup_steps": WARMUP_STEPS},
+        "learning_rate_schedule": "warm up, constant, linear to 0 in the second half",
         "runs": [],
     }
     if options.output.exists():
-        document["runs"] = read_document(options.output, SCHEMA, SCHEMA_VERSION)["runs"]
+        before = read_document(options.output, SCHEMA, SCHEMA_VERSION)
+        if before["config"] != document["config"]:
+            raise InputError(
+                f"{options.output} holds runs of another configuration; name a new file"
+            )
+        document["runs"] = before["runs"]
     plans = plans_for([kl for trial in chosen for kl in trial.kls], TrainConfig())
     for seed in range(options.seeds):
         for trial in chosen:
-            have = {(run["name"], run["seed"], run["steps"]) for run in document["runs"]}
-            if (trial.name, seed, options.steps) in have:
+            have = {(r["name"], r["seed"], r["steps"], r["text"]) for r in document["runs"]}
+            text = "by rank" if options.sharded else "whole"
+            if (trial.name, seed, options.steps, text) in have:
                 continue
             config = TrainConfig(seed=seed)
-            document["runs"].append(run_trial(trial, config, options.steps, plans))
+            run = run_trial(trial, config, options.steps, plans, options.sharded)
+            document["runs"].append(run)
             document["summary"] = summary(document["runs"])
             write_document(options.output, document)
     for row in document.get("summary", []):

@@ -63,7 +63,9 @@ def even_strategy(setting: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def time_to_loss(curve: Sequence[Mapping[str, float]], loss: float) -> float | None:
-    """When a curve first reaches a loss, straight lines drawn between its points.
+    """From when on a curve stays at or below a loss, straight lines drawn between its points.
+
+    A single lucky point does not count: the curve must not rise above the loss again.
 
     Parameters
     ----------
@@ -75,7 +77,7 @@ def time_to_loss(curve: Sequence[Mapping[str, float]], loss: float) -> float | N
     Returns
     -------
     float or None
-        Seconds of training; None where the curve stays above.
+        Seconds of training; None where the curve ends above.
 
     Examples
     --------
@@ -83,16 +85,21 @@ def time_to_loss(curve: Sequence[Mapping[str, float]], loss: float) -> float | N
     >>> time_to_loss(curve, 3.0), time_to_loss(curve, 1.0)
     (5.0, None)
     """
-    before: Mapping[str, float] | None = None
-    for point in curve:
-        if point["val_loss"] <= loss:
-            if before is None:
-                return point["time_s"]
-            drop = before["val_loss"] - point["val_loss"]
-            part = (before["val_loss"] - loss) / drop
-            return before["time_s"] + part * (point["time_s"] - before["time_s"])
-        before = point
-    return None
+    above = [number for number, point in enumerate(curve) if point["val_loss"] > loss]
+    if not above:
+        return curve[0]["time_s"] if curve else None
+    if above[-1] == len(curve) - 1:
+        return None
+    before, after = curve[above[-1]], curve[above[-1] + 1]
+    part = (before["val_loss"] - loss) / (before["val_loss"] - after["val_loss"])
+    return before["time_s"] + part * (after["time_s"] - before["time_s"])
+
+
+# (key, measured, predicted): the exchange in training, and alone on idle links and cores.
+_RATIOS = (
+    ("training_over_predicted", "exchange_s", "predicted_exchange_s"),
+    ("alone_over_predicted", "exchange_alone_s", "predicted_alone_s"),
+)
 
 
 def complete_setting(setting: Document) -> Document:
@@ -107,15 +114,22 @@ def complete_setting(setting: Document) -> Document:
         setting["exchange_share"] = share
         setting["speedup_bound"] = 1 / (1 - share)
     end = final_point(even)
+    even_s = None if end is None else time_to_loss(even["curve"], end["val_loss"])
     for strategy in setting["strategies"]:
+        for ratio, measured, predicted in _RATIOS:
+            if strategy[measured] and strategy[predicted]:
+                strategy[ratio] = strategy[measured] / strategy[predicted]
         if strategy["tokens_per_s"] and even["tokens_per_s"]:
             strategy["speedup_over_even"] = strategy["tokens_per_s"] / even["tokens_per_s"]
+        if strategy["exchange_alone_s"] and strategy["predicted_alone_s"]:
+            ratio = strategy["exchange_alone_s"] / strategy["predicted_alone_s"]
+            strategy["alone_over_predicted"] = ratio
         if end is None or strategy["val_loss_own"] is None:
             continue
         reached_s = time_to_loss(strategy["curve"], end["val_loss"])
         strategy["time_to_even_loss_s"] = reached_s
-        if reached_s:
-            strategy["speedup_to_even_loss"] = end["time_s"] / reached_s
+        if reached_s and even_s:
+            strategy["speedup_to_even_loss"] = even_s / reached_s
         strategy["val_loss_over_even"] = strategy["val_loss_own"] / even["val_loss_own"] - 1
     return setting
 
@@ -148,7 +162,10 @@ def empty_strategy(name: str, kind: str, kl: float | None, router: str) -> Docum
         "exchange_alone_s",
         "alone_pause_s",
         "predicted_alone_s",
+        "alone_over_predicted",
         "target_exchange_s",
+        "training_over_predicted",
+        "alone_over_predicted",
         "dropped_share",
         "busiest_expert",
     )

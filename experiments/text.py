@@ -113,6 +113,7 @@ def train_batch(
     rank: int,
     sequences: int,
     length: int,
+    only_part_of: int | None = None,
 ) -> np.ndarray:
     """Windows of the training text, drawn afresh for every step and rank.
 
@@ -122,6 +123,9 @@ def train_batch(
         Non-negative; the batch depends on nothing else.
     sequences, length
         Size of the batch. A window has one token more than ``length``: the last target.
+    only_part_of
+        Number of ranks: draw from this rank's stretch of the text only, as loaders that shard
+        data do. None: from the whole text.
 
     Returns
     -------
@@ -129,8 +133,8 @@ def train_batch(
         ``[sequences, length + 1]``, int64.
     """
     draw = np.random.default_rng([seed, step, rank])
-    starts = draw.integers(0, len(corpus.train) - length, size=sequences)
-    return _windows(corpus.train, starts, length)
+    part = corpus.train if only_part_of is None else rank_part(corpus.train, rank, only_part_of)
+    return _windows(part, draw.integers(0, len(part) - length, size=sequences), length)
 
 
 def validation_batch(
@@ -157,7 +161,7 @@ def validation_batch(
 
 
 def rank_part(tokens: np.ndarray, rank: int, num_ranks: int) -> np.ndarray:
-    """The stretch of held-out text that a rank validates on; neighbours stay neighbours.
+    """The stretch of a text that belongs to a rank; neighbours stay neighbours.
 
     >>> rank_part(np.arange(10), 1, 4).tolist()
     [2, 3, 4]

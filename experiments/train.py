@@ -38,7 +38,8 @@ TURN_STEPS = 4  # of one strategy before the next one's turn
 CURVE_BATCHES = (0,)  # held-out batches of the points of a curve
 FINAL_BATCHES = (0, 1)  # and of the three losses at the end
 ROUNDS_TO_ESTIMATE = 3  # turns of every strategy before the number of steps is fixed
-END_ROUNDS = 1.5  # what the measurements at the end take, in rounds
+ROUNDS_A_POINT = 2  # turns of every strategy between two points of the curves
+END_ROUNDS = 2.5  # what the measurements at the end take, in rounds
 SETTLE_STEPS = 16  # until a bias has reached its target; not timed, nor are learning rates warm
 MORE_STEPS = 0.5  # at most, for strategies that have not reached the even run's final loss
 ALONE_REPEATS = 3
@@ -97,41 +98,43 @@ class _Run:
         number = 0
         while number < self.rounds:
             began_s = time.perf_counter()
-            self._round(number)
+            done = number * TURN_STEPS
+            self._round(number, TURN_STEPS if asked is None else min(TURN_STEPS, asked - done))
             number += 1
             round_s = time.perf_counter() - began_s
             if number == ROUNDS_TO_ESTIMATE and asked is None:
                 self.rounds = self._rounds_in_budget(number, round_s)
-            if number % 2 == 0 or number == self.rounds:
+            if number % ROUNDS_A_POINT == 0 or number == self.rounds:
                 self._measure_curves()
-            self.setting["steps"] = number * TURN_STEPS
+            self.setting["steps"] = self.trainees[0].steps
             self._save()
             left_s = round_s * (self.rounds - number + END_ROUNDS)
-            self._progress("steps", number * TURN_STEPS, self.rounds * TURN_STEPS, left_s)
+            total = self.rounds * TURN_STEPS if asked is None else asked
+            self._progress("steps", self.trainees[0].steps, total, left_s)
         self._measure_quality()
         self._measure_alone()
         self._save()
+        # What follows only lengthens the curves: times and counts stay those of equal steps.
         self._reach_even_loss()
         self.setting["complete"] = True
         self.setting["memory_bytes"] = _memory_of_all_ranks()
         self.setting["training_s"] = time.perf_counter() - self.began_s
-        self._save()
+        self._write()
         return self.setting
 
     # ---- turns --------------------------------------------------------------------------------
 
-    def _round(self, number: int) -> None:
+    def _round(self, number: int, steps: int) -> None:
         """A turn of every strategy, and one without exchange."""
         shift = number % len(self.trainees)
         for trainee in self.trainees[shift:] + self.trainees[:shift]:
-            times = self._turn(trainee)
-            self.times[trainee.strategy.name] += times
-        self.compute_times += self._turn(self.compute)
+            self.times[trainee.strategy.name] += self._turn(trainee, steps)
+        self.compute_times += self._turn(self.compute, steps)
 
-    def _turn(self, trainee: Trainee) -> list[StepTimes]:
+    def _turn(self, trainee: Trainee, steps: int) -> list[StepTimes]:
         """A few steps; the times are means over the ranks."""
         dist.barrier()
-        times = torch.tensor([trainee.train_step() for _ in range(TURN_STEPS)])
+        times = torch.tensor([trainee.train_step() for _ in range(steps)])
         return [StepTimes(*row) for row in trainee.mean_of_ranks(times).tolist()]
 
     def _rounds_in_budget(self, done: int, round_s: float) -> int:
@@ -159,8 +162,11 @@ class _Run:
         for number, (trainee, entry) in enumerate(zip(self.trainees, self.entries, strict=True)):
             own = trainee.validate(FINAL_BATCHES)
             entry["val_loss_own"] = entry["val_loss_foreign"] = entry["val_loss_no_bias"] = own
-            if trainee.strategy.kl is not None:  # else no rank routes differently from another
+            steered = trainee.strategy.kl is not None
+            if steered or len({len(ranks) for ranks in self.exchange.nodes}) > 1:
+                # Else ranks route alike, and alike nodes only swap what they validate on.
                 entry["val_loss_foreign"] = trainee.validate(FINAL_BATCHES, foreign=True)
+            if steered:
                 entry["val_loss_no_bias"] = trainee.validate(FINAL_BATCHES, steered=False)
             self._progress("validated", number + 1, len(self.entries), None)
 
@@ -192,19 +198,21 @@ class _Run:
         self.exchange.combine(row_RD, handle)
 
     def _reach_even_loss(self) -> None:
-        """Train on, a turn at a time, those that have not reached the even run's final loss."""
+        """Train on, in turns as before, those that have not reached the even run's final loss."""
         goal = self.entries[0]["curve"][-1]["val_loss"]
         limit = int(self.trainees[0].steps * (1 + MORE_STEPS))
-        for trainee, entry in zip(self.trainees[1:], self.entries[1:], strict=True):
-            even_s = self.entries[0]["curve"][-1]["time_s"]
-            while (
-                entry["curve"][-1]["val_loss"] > goal
-                and trainee.steps < limit
-                and entry["curve"][-1]["time_s"] < even_s
-            ):
-                self._turn(trainee)
+
+        def behind() -> list[tuple[Trainee, Document]]:
+            both = zip(self.trainees[1:], self.entries[1:], strict=True)
+            return [(t, e) for t, e in both if e["curve"][-1]["val_loss"] > goal]
+
+        while (left := behind()) and left[0][0].steps < limit:
+            for _ in range(ROUNDS_A_POINT):
+                for trainee, _entry_of in left:
+                    self._turn(trainee, TURN_STEPS)
+            for trainee, entry in left:
                 self._measure_point(trainee, entry)
-                self._progress(entry["name"], trainee.steps, limit, None)
+            self._progress("to even's loss, step", left[0][0].steps, limit, None)
 
     # ---- writing ------------------------------------------------------------------------------
 
@@ -213,16 +221,20 @@ class _Run:
             counts_PN = self._gather(trainee.counts_N)
             if self.rank == 0:
                 self._fill(entry, self._settled(self.times[entry["name"]]), counts_PN)
-                entry["dropped_share"] = trainee.dropped_share
+            dropped = trainee.mean_of_ranks(torch.tensor(trainee.dropped_share))
+            entry["dropped_share"] = float(dropped)
+        step_s, _ = median_and_spread([t.step_s for t in self._settled(self.compute_times)])
+        self.setting["compute_step_s"] = step_s
+        self._write()
+
+    def _write(self) -> None:
         if self.rank == 0:
-            step_s, _ = median_and_spread([t.step_s for t in self._settled(self.compute_times)])
-            self.setting["compute_step_s"] = step_s
             document = assemble([*self.job.before, self.setting], self.job.about)
             save_results(self.job.results_path, document)
 
     def _settled(self, times: list[StepTimes]) -> list[StepTimes]:
         """The steps that count: after settling, and at least those of the last turn."""
-        return times[min(SETTLE_STEPS, len(times) - TURN_STEPS) :]
+        return times[max(0, min(SETTLE_STEPS, len(times) - TURN_STEPS)) :]
 
     def _fill(self, entry: Document, times: Sequence[StepTimes], counts_PN: torch.Tensor) -> None:
         entry["counts_PN"] = counts_PN.tolist()

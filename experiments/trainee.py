@@ -122,7 +122,7 @@ class Trainee:
         self.seconds = 0.0  # of training so far
         self.steps = 0
         self.counts_N = torch.zeros(num_experts)  # of the latest steps, mean of the layers
-        self.dropped_share = 0.0
+        self.dropped_share = 0.0  # of the latest steps, like the counts
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         in_gates = {id(p) for gate in self.gates for p in gate.parameters()}
@@ -164,7 +164,9 @@ class Trainee:
         self.steps += 1
         counts_N = torch.tensor(record.sent_counts_N, dtype=torch.float32).mean(0)
         self.counts_N = counts_N if self.steps == 1 else self.counts_N.lerp(counts_N, 0.25)
-        self.dropped_share = _dropped_share(out)
+        dropped = _dropped_share(out)
+        kept = self.dropped_share
+        self.dropped_share = dropped if self.steps == 1 else kept + 0.25 * (dropped - kept)
         counts_s = record.phase_s("counts")
         return StepTimes(step_s, record.exchange_s - counts_s, counts_s, allreduce.allreduce_s)
 

@@ -137,8 +137,15 @@ _COLUMNS: tuple[tuple[str, str, str, str], ...] = (
     ("exchange", "exchange_s", "time", "a step, measured in training, emulated"),
     ("predicted", "predicted_exchange_s", "time", "a step, simulated: cost model on the measured "
      "links with the counts reached"),
+    ("measured over predicted", "alone_over_predicted", "{:.2f}", "the exchange alone, emulated, "
+     "over the cost model's time for the same counts"),
+    ("measured / predicted", "training_over_predicted", "{:.2f}", "exchange in training over the "
+     "prediction; ranks share cores and wait for each other"),
+    ("alone / predicted", "alone_over_predicted", "{:.2f}", "the same counts exchanged with "
+     "nothing else running, over the prediction for that"),
     ("gradients", "allreduce_s", "time", "averaging of dense gradients, a step, emulated"),
     ("over node links", "remote_share", "{:.1%}", "share of dispatched bytes that leave the node"),
+    ("dropped", "dropped_share", "{:.1%}", "share of the gate's choices that capacity dropped"),
     ("loss, own", "val_loss_own", "{:.3f}", "validation loss at equal steps on own ranks"),
     ("vs even", "val_loss_over_even", "{:+.1%}", "validation loss on own ranks against even"),
     ("loss, foreign", "val_loss_foreign", "{:.3f}", "with tokens sent from other nodes' ranks"),
@@ -175,8 +182,7 @@ def verdict(setting: Setting) -> str:
     best = max(rated, key=lambda s: s["speedup_to_even_loss"] or s["speedup_over_even"] / 1e3)
     text = (
         f"{_capital(best['name'])} trained {best['speedup_over_even']:.1f} times as many tokens a "
-        f"second as even dispatch, because {best['remote_share']:.0%} of the bytes crossed node "
-        f"links"
+        f"second as even dispatch; {best['remote_share']:.0%} of its bytes crossed node links"
     )
     even = next((s for s in setting["strategies"] if s["name"].startswith("even")), None)
     if even and even.get("remote_share") is not None:
@@ -186,8 +192,8 @@ def verdict(setting: Setting) -> str:
         text += _cost(best)
     if best.get("speedup_to_even_loss"):
         text += (
-            f" It reached the even run's final loss {best['speedup_to_even_loss']:.1f} times as "
-            f"fast; that number contains the cost in quality."
+            f" To the even run's final loss it took 1/{best['speedup_to_even_loss']:.2f} of the "
+            f"time; that number contains the cost in quality."
         )
     elif best.get("val_loss_own") is not None:
         text += " No strategy that was faster reached the even run's final loss in this run."
@@ -244,10 +250,12 @@ initial weights, strategies in turns.</p>
 <ul>
 <li><b>emulated</b>: measured with real traffic on shaped links. <b>simulated</b>: computed by the
 cost model.</li>
-<li><b>f</b> is the exchange's share of the even step, from the same step with its exchange removed.
-No way to exchange can gain more than 1/(1 − f).</li>
-<li><b>to even’s loss</b> is the honest speed-up: training time until the validation loss that the
-even run ended with. A dash means that it was not reached.</li>
+<li><b>f</b> is the exchange's share of the even step, from the same step with its exchange removed:
+no rows move, counts are not agreed on and experts are evenly loaded. No way to exchange can gain
+more than 1/(1 − f).</li>
+<li><b>to even’s loss</b> is the honest speed-up: training time until the validation loss stays at
+or below the one that the even run ended with. A dash means that it was not reached in half as many
+steps again.</li>
 <li>Every rank trains on windows from the whole text. <b>own</b>: each rank routes its own stretch
 of held-out text; <b>foreign</b>: the stretch of the next node's ranks. <b>unsteered</b>: the bias
 is zero; where each rank has a gate of its own, the mean of all gates routes.</li>
@@ -264,7 +272,7 @@ _STYLE = """
 @media(prefers-color-scheme:dark){:root{--ink:#e6e7e9;--soft:#a5abb2;--line:#3a3f45;--page:#16181a;
 --card:#1e2124}}
 body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 system-ui,sans-serif}
-main{max-width:68rem;margin:0 auto;padding:2.5rem 1.25rem 4rem}
+main{max-width:74rem;margin:0 auto;padding:2.5rem 1.25rem 4rem}
 h1{font-size:1.9rem;line-height:1.2;margin:0 0 .75rem}h2{font-size:1.3rem;margin:2.75rem 0 .5rem}
 small{font-weight:400;color:var(--soft);font-size:.75em}
 p,ul{max-width:46rem}.lead{font-size:1.05rem;color:var(--soft)}
@@ -272,7 +280,7 @@ p,ul{max-width:46rem}.lead{font-size:1.05rem;color:var(--soft)}
 .notice{border-left:4px solid #d55e00;padding-left:1rem}
 .scroll{overflow-x:auto;margin:1rem 0}
 table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums;width:100%}
-th,td{padding:.45rem .55rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+th,td{padding:.45rem .4rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 thead th{color:var(--soft);font-weight:500;white-space:normal;vertical-align:bottom;line-height:1.2}
 th:first-child{text-align:left}
 figure{margin:1.75rem 0}figure img{width:100%;height:auto;background:#fff;border-radius:6px;

@@ -65,6 +65,7 @@ def _strategy(name: str, kind: str, kl: float | None, remote: float) -> Document
         exchange_s=step_s - 0.15,
         predicted_exchange_s=0.9 * (step_s - 0.15),
         exchange_alone_s=0.95 * (step_s - 0.15),
+        predicted_alone_s=0.9 * (step_s - 0.15),
         allreduce_s=0.04,
         remote_share=remote,
         counts_PN=counts_PN.tolist(),
