@@ -6,6 +6,7 @@ was measured is written), 4 measured but under a threshold that the user set.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -249,6 +250,7 @@ def demo(
         Path | None, typer.Option(metavar="FILE", help="Train on this text, not on Shakespeare.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights and data order.")] = 0,
+    json_output: Json = False,
 ) -> None:
     """Run the whole chain on an emulated cluster and write a report.
 
@@ -264,7 +266,10 @@ def demo(
     from tamoe.experiments.demo import run_demo
 
     arguments: dict[str, Any] = {} if cluster is None else {"cluster": cluster}
-    run_demo(out=output, steps=steps, text=text, seed=seed, **arguments)
+    with contextlib.redirect_stdout(sys.stderr if json_output else sys.stdout):
+        run_demo(out=output, steps=steps, text=text, seed=seed, **arguments)
+    if json_output:
+        print((output / "results.json").read_text(), end="")
 
 
 def _print_json(value: Any) -> None:

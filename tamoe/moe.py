@@ -109,6 +109,11 @@ class MoE(nn.Module):
                 f"num_experts is {num_experts}; allowed: a positive multiple of the group's "
                 f"{num_ranks} ranks"
             )
+        of_gate = getattr(gate, "num_experts", num_experts)
+        if of_gate != num_experts:
+            raise InputError(
+                f"num_experts is {num_experts} and the gate has {of_gate}; allowed: the same number"
+            )
         self.num_experts = num_experts
         self.num_experts_per_rank = num_experts // num_ranks
         self.first_expert = self.exchange.rank * self.num_experts_per_rank
@@ -127,6 +132,11 @@ class MoE(nn.Module):
         return not isinstance(self.experts, nn.ModuleList)
 
     def _make_experts(self, experts: Experts) -> nn.Module:
+        if not callable(experts) and not isinstance(experts, nn.ModuleList):
+            raise InputError(
+                f"experts is {experts!r}; allowed: a factory of one expert, a grouped module "
+                f"(x_RD, counts_E) or an nn.ModuleList"
+            )
         if isinstance(experts, nn.ModuleList) and len(experts) != self.num_experts_per_rank:
             raise InputError(
                 f"experts has {len(experts)} modules; allowed: {self.num_experts_per_rank}, one "

@@ -13,6 +13,7 @@ from torch import nn
 from tamoe import MoE, MoEOutput, Routing
 from tamoe.exchange import Exchange
 from tamoe.experts import FeedForward, GroupedFeedForward
+from tamoe.gates import NaiveGate
 from tamoe.parallel import DenseGradients
 from tamoe.scope import scope_of
 from tamoe.topology import InputError, Topology, run_ranks
@@ -378,3 +379,11 @@ def test_deepcopy_shares_the_exchange():
 
     layer = layer_of()
     assert deepcopy(layer).exchange is layer.exchange
+
+
+def test_a_gate_of_another_number_of_experts_is_refused() -> None:
+    gate = NaiveGate(8, 4)
+    with pytest.raises(InputError, match="num_experts is 8 and the gate has 4"):
+        MoE(gate, lambda: torch.nn.Identity(), num_experts=8)
+    with pytest.raises(InputError, match="experts is 3; allowed: a factory"):
+        MoE(gate, 3, num_experts=4)  # type: ignore[arg-type]
