@@ -73,7 +73,7 @@ def _figures(setting: Setting) -> Iterator[tuple[str, str, str, Figure]]:
         yield (
             "dispatch",
             "Dispatch: wanted and reached",
-            "Tokens that each rank (row) sends to each expert (column) a step, relative to even "
+            "Tokens that each rank (row) sends to each expert (column) a step, relative to "
             "even dispatch. Above: the target, even for the first two. Below: what the router did "
             "at the end of training, mean of the layers. White lines separate nodes.",
             dispatch_figure(setting),

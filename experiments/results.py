@@ -121,9 +121,6 @@ def complete_setting(setting: Document) -> Document:
                 strategy[ratio] = strategy[measured] / strategy[predicted]
         if strategy["tokens_per_s"] and even["tokens_per_s"]:
             strategy["speedup_over_even"] = strategy["tokens_per_s"] / even["tokens_per_s"]
-        if strategy["exchange_alone_s"] and strategy["predicted_alone_s"]:
-            ratio = strategy["exchange_alone_s"] / strategy["predicted_alone_s"]
-            strategy["alone_over_predicted"] = ratio
         if end is None or strategy["val_loss_own"] is None:
             continue
         reached_s = time_to_loss(strategy["curve"], end["val_loss"])
@@ -162,7 +159,6 @@ def empty_strategy(name: str, kind: str, kl: float | None, router: str) -> Docum
         "exchange_alone_s",
         "alone_pause_s",
         "predicted_alone_s",
-        "alone_over_predicted",
         "target_exchange_s",
         "training_over_predicted",
         "alone_over_predicted",

@@ -188,10 +188,12 @@ class _Run:
                     self._there_and_back(x_TD, index_T1, len(counts_N))
             pause_s = time.perf_counter() - began_s - record.exchange_s + record.phase_s("counts")
         moved_s = record.exchange_s - record.phase_s("counts")
-        mean = trainee.mean_of_ranks(torch.tensor([moved_s, pause_s]) / ALONE_REPEATS)
+        slowest = torch.tensor(moved_s / ALONE_REPEATS)
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)  # an exchange ends with its last rank
         passes = 2 * self.job.config.num_blocks  # forward and backward, each layer
-        entry["exchange_alone_s"] = passes * float(mean[0])
-        entry["alone_pause_s"] = float(mean[1]) / 2  # before each of the two ways
+        entry["exchange_alone_s"] = passes * float(slowest)
+        mean_pause_s = trainee.mean_of_ranks(torch.tensor(pause_s / ALONE_REPEATS))
+        entry["alone_pause_s"] = float(mean_pause_s) / 2  # before each of the two ways
 
     def _there_and_back(self, x_TD: torch.Tensor, index_T1: torch.Tensor, num: int) -> None:
         row_RD, handle = self.exchange.dispatch(x_TD, index_T1, num_experts=num)

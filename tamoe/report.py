@@ -133,23 +133,19 @@ _COLUMNS: tuple[tuple[str, str, str, str], ...] = (
     ("over even", "speedup_over_even", "{:.2f}×", "tokens per second over the even strategy"),
     ("to even’s loss", "speedup_to_even_loss", "{:.2f}×", "time of the even run over the time to "
      "its final validation loss; contains the cost in quality"),
-    ("step", "step_s", "time", "median, emulated"),
-    ("exchange", "exchange_s", "time", "a step, measured in training, emulated"),
-    ("predicted", "predicted_exchange_s", "time", "a step, simulated: cost model on the measured "
-     "links with the counts reached"),
-    ("measured over predicted", "alone_over_predicted", "{:.2f}", "the exchange alone, emulated, "
-     "over the cost model's time for the same counts"),
-    ("measured / predicted", "training_over_predicted", "{:.2f}", "exchange in training over the "
-     "prediction; ranks share cores and wait for each other"),
-    ("alone / predicted", "alone_over_predicted", "{:.2f}", "the same counts exchanged with "
-     "nothing else running, over the prediction for that"),
-    ("gradients", "allreduce_s", "time", "averaging of dense gradients, a step, emulated"),
-    ("over node links", "remote_share", "{:.1%}", "share of dispatched bytes that leave the node"),
-    ("dropped", "dropped_share", "{:.1%}", "share of the gate's choices that capacity dropped"),
     ("loss, own", "val_loss_own", "{:.3f}", "validation loss at equal steps on own ranks"),
     ("vs even", "val_loss_over_even", "{:+.1%}", "validation loss on own ranks against even"),
-    ("loss, foreign", "val_loss_foreign", "{:.3f}", "with tokens sent from other nodes' ranks"),
-    ("loss, unsteered", "val_loss_no_bias", "{:.3f}", "with the steering removed"),
+    ("foreign", "val_loss_foreign", "{:.3f}", "loss with tokens sent from other nodes' ranks"),
+    ("unsteered", "val_loss_no_bias", "{:.3f}", "loss with the steering removed"),
+    ("over node links", "remote_share", "{:.1%}", "share of dispatched bytes that leave the node"),
+    ("dropped", "dropped_share", "{:.1%}", "share of the gate's choices that capacity dropped"),
+    ("step", "step_s", "time", "median, emulated"),
+    ("exchange", "exchange_s", "time", "a step, measured in training, emulated"),
+    ("over predicted", "training_over_predicted", "{:.2f}", "exchange in training over the cost "
+     "model's time for its counts; ranks share cores and wait for each other"),
+    ("alone over predicted", "alone_over_predicted", "{:.2f}", "the same counts exchanged with "
+     "nothing else running, over the cost model's time for that"),
+    ("gradients", "allreduce_s", "time", "averaging of dense gradients, a step, emulated"),
 )  # fmt: skip
 
 
