@@ -135,7 +135,7 @@ def _run_setting(
     from tamoe.experiments.train import Job, train_rank
     from tamoe.experiments.trainee import TrainConfig
     from tamoe.probe_command import run_probe
-    from tamoe.solver import Workload, solve
+    from tamoe.solver import solve
     from tamoe.topology.ranks import run_ranks
 
     spec, name = setting["cluster"], setting["setting"]
@@ -147,13 +147,7 @@ def _run_setting(
     setting["topology"] = topology_to_document(topology)
     setting["probe_s"] = time.monotonic() - probe_began_s
     config = TrainConfig(seed=seed)
-    workload = Workload(
-        tokens_per_rank=config.tokens_per_rank,
-        top_k=config.top_k,
-        hidden_size=config.hidden_size,
-        element_bytes=4,
-        experts_per_rank=config.experts_per_rank,
-    )
+    workload = config.workload
     # Exchanges follow each other closely, so plans are made for the rates that links sustain.
     sustained = with_credit_of(topology, pause_s=0.0)
     plans = {kl: solve(sustained, workload, method="entropic", kl=kl) for kl in KLS}

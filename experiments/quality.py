@@ -41,7 +41,7 @@ from tamoe.gates import GShardGate, steering
 from tamoe.moe import MoE
 from tamoe.plan_module import PlanRows
 from tamoe.routing import Routing
-from tamoe.solver import Plan, Workload, solve
+from tamoe.solver import Plan, solve
 from tamoe.topology.documents import read_document, write_document
 from tamoe.topology.errors import InputError
 from tamoe.topology.spec import ClusterSpec
@@ -308,13 +308,7 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> list[Document]:
 def plans_for(kls: Sequence[float], config: TrainConfig) -> dict[float, Plan]:
     """Entropic plans on the links that the cluster is given, at the rates that they sustain."""
     topology = with_credit_of(ClusterSpec.parse(CLUSTER).topology(), pause_s=0.0)
-    workload = Workload(
-        tokens_per_rank=config.tokens_per_rank,
-        top_k=config.top_k,
-        hidden_size=config.hidden_size,
-        element_bytes=4,
-        experts_per_rank=config.experts_per_rank,
-    )
+    workload = config.workload
     return {kl: solve(topology, workload, method="entropic", kl=kl) for kl in set(kls)}
 
 

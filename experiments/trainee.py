@@ -21,6 +21,7 @@ from tamoe.parallel import DenseGradients
 from tamoe.plan_module import PlanRows
 from tamoe.record import record_exchanges
 from tamoe.scope import scope_of
+from tamoe.solver import Workload
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,17 @@ class TrainConfig:
     def tokens_per_rank(self) -> int:
         """Tokens of a rank in a step."""
         return self.sequences * self.sequence_length
+
+    @property
+    def workload(self) -> Workload:
+        """What the solver has to know of it."""
+        return Workload(
+            tokens_per_rank=self.tokens_per_rank,
+            top_k=self.top_k,
+            hidden_size=self.hidden_size,
+            element_bytes=4,
+            experts_per_rank=self.experts_per_rank,
+        )
 
     def make_expert(self) -> FeedForward:
         """One expert."""
