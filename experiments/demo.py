@@ -106,7 +106,7 @@ def run_demo(
         raise StoppedError(
             f"demo stopped; what was measured is in {folder}"
             if kept
-            else "demo stopped before anything was measured"
+            else f"demo stopped before a step was timed; what the probe found is in {folder}"
         ) from None
     document = _finish(folder, began_s)
     assert document is not None
