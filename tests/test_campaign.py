@@ -2,7 +2,7 @@
 
 The runner below shares every link among the flows of an order by max-min fairness, which is what
 TCP comes near to, and adds noise. So contention, slow nodes, oversubscribed switches and several
-rails can be had at any size.
+rails can be had at any size. The file is long because clusters and runner serve all its tests.
 """
 
 import dataclasses

@@ -1,4 +1,7 @@
-"""Gates: choices, weights, drops and capacities against loops; steering, scopes, wrong input."""
+"""Gates: choices, weights, drops and capacities against loops; steering, scopes, wrong input.
+
+Long because all gates keep one contract, and each of its clauses is checked on all of them.
+"""
 
 from __future__ import annotations
 

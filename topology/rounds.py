@@ -7,6 +7,7 @@ they failed, and heartbeats tell who died. Loaded in ranks only: it needs torch.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import threading
@@ -120,18 +121,16 @@ class Follower:
 
 
 def _in_time(call: Any, seconds: float) -> bool:
-    """Whether a call that may hang came back."""
-    thread = threading.Thread(target=_quietly, args=(call,), daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return not thread.is_alive()
+    """Whether a call that may hang came back; one that fails is as good as no answer."""
+    answered = threading.Event()
 
+    def attempt() -> None:
+        with contextlib.suppress(Exception):
+            call()
+            answered.set()
 
-def _quietly(call: Any) -> None:
-    try:
-        call()
-    except Exception:
-        time.sleep(2 * SILENT_S)  # as good as no answer
+    threading.Thread(target=attempt, daemon=True).start()
+    return answered.wait(seconds)
 
 
 def _first_line(error: BaseException) -> str:
