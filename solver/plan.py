@@ -13,7 +13,7 @@ import numpy as np
 
 from tamoe.solver.cost import CostModel, SelfSend, cost_model, tokens_between_ranks
 from tamoe.solver.workload import Workload
-from tamoe.topology.errors import InputError
+from tamoe.topology.errors import InputError, whole
 from tamoe.topology.graph import Topology
 
 Norm = Literal["sum", "softmax"]
@@ -232,8 +232,7 @@ class Plan:
         return row_N
 
     def _check_rank(self, rank: int) -> None:
-        if not 0 <= rank < self.num_ranks:
-            raise InputError(f"rank is {rank}; allowed: 0 to {self.num_ranks - 1}")
+        whole("rank", rank, 0, self.num_ranks - 1)
 
     # ---- what the target does -----------------------------------------------------------------
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 
 import numpy as np
 
-from tamoe.topology.errors import InputError
+from tamoe.topology.errors import InputError, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +57,7 @@ class Workload:
         for name in (
             "tokens_per_rank", "top_k", "hidden_size", "element_bytes", "experts_per_rank",
         ):  # fmt: skip
-            object.__setattr__(self, name, _whole(name, getattr(self, name), minimum=1))
+            object.__setattr__(self, name, whole(name, getattr(self, name), 1))
         if self.placement is not None:
             object.__setattr__(self, "placement", _whole_tuple("placement", self.placement))
         if self.ep_groups is not None:
@@ -153,7 +152,7 @@ def divide_experts(num_experts: int, num_ranks: int) -> int:
     >>> divide_experts(32, 8)
     4
     """
-    num_experts = _whole("num_experts", num_experts, minimum=1)
+    num_experts = whole("num_experts", num_experts, 1)
     if num_experts % num_ranks:
         raise InputError(
             f"num_experts is {num_experts}; allowed: a multiple of the {num_ranks} ranks of a "
@@ -162,22 +161,10 @@ def divide_experts(num_experts: int, num_ranks: int) -> int:
     return num_experts // num_ranks
 
 
-def _whole(name: str, value: object, *, minimum: int) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        number = minimum - 1
-    if number < minimum:
-        raise InputError(f"{name} is {value!r}; allowed: a whole number >= {minimum}")
-    return number
-
-
 def _whole_tuple(name: str, values: object) -> tuple[int, ...]:
     if not isinstance(values, list | tuple | range | np.ndarray) or not len(values):
         raise InputError(f"{name} is {values!r}; allowed: a list of whole numbers >= 0")
-    return tuple(_whole(f"{name}[{at}]", value, minimum=0) for at, value in enumerate(values))
+    return tuple(whole(f"{name}[{at}]", value, 0) for at, value in enumerate(values))
 
 
 def _groups(values: object) -> tuple[tuple[int, ...], ...]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from tamoe.topology.errors import InputError
+from tamoe.topology.errors import whole
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -121,5 +121,4 @@ class GroupedFeedForward(nn.Module):
 
 def _check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
-        if size < 1:
-            raise InputError(f"{name} is {size}; allowed: 1 or more")
+        whole(name, size, 1)

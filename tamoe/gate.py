@@ -29,7 +29,7 @@ from tamoe.loss import TopologyLoss
 from tamoe.plan_module import PlanModule
 from tamoe.routing import Routing
 from tamoe.scope import mark_scope
-from tamoe.topology.errors import InputError
+from tamoe.topology.errors import InputError, whole
 
 if TYPE_CHECKING:
     from tamoe.groups import Group
@@ -283,12 +283,8 @@ class Gate(nn.Module, ABC):
 
     def _check(self) -> None:
         for name, size in (("hidden_size", self.hidden_size), ("num_experts", self.num_experts)):
-            if size < 1:
-                raise InputError(f"{name} is {size}; allowed: >= 1")
-        if not 1 <= self.top_k <= self.num_experts:
-            raise InputError(
-                f"top_k is {self.top_k}; allowed: 1 to {self.num_experts}, the number of experts"
-            )
+            whole(name, size, 1)
+        whole("top_k", self.top_k, 1, self.num_experts)
         _check_choice("scope", self.scope, ("shared", "rank"))
         _check_choice("drop", self.drop, DROP_POLICIES)
         _check_choice("weights", self.weights, ("chosen", "full"))

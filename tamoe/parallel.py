@@ -26,7 +26,7 @@ from tamoe.groups import group_rank, group_size, process_group
 from tamoe.reduction import Bucket, NodeReduction, Worker, make_buckets, node_partition
 from tamoe.schedules import Nodes
 from tamoe.scope import restore_scopes, scope_of
-from tamoe.topology.errors import InputError
+from tamoe.topology.errors import InputError, whole
 
 if TYPE_CHECKING:
     from tamoe.groups import Group
@@ -274,8 +274,7 @@ def broadcast_dense(model: nn.Module, *, group: Group = None, source: int = 0) -
     >>> broadcast_dense(nn.Linear(2, 2))  # one rank: nothing to do
     """
     resolved, num_ranks = process_group(group), group_size(group)
-    if not 0 <= source < num_ranks:
-        raise InputError(f"source is {source}; allowed: 0 to {num_ranks - 1}")
+    whole("source", source, 0, num_ranks - 1)
     if resolved is None or num_ranks == 1:
         return
     restore_scopes(model)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tamoe.groups import group_rank, group_size, is_distributed
-from tamoe.topology.errors import InputError
+from tamoe.topology.errors import InputError, whole
 
 if TYPE_CHECKING:
     from typing import Self
@@ -79,9 +79,7 @@ def resolve_rank(plan: PlanRows, group: Group = None, rank: int | None = None) -
                 f"the group of all ranks of the plan; or give rank"
             )
         rank = group_rank(group)
-    if not 0 <= rank < plan.num_ranks:
-        raise InputError(f"rank is {rank}; allowed: 0 to {plan.num_ranks - 1}")
-    return rank
+    return whole("rank", rank, 0, plan.num_ranks - 1)
 
 
 def checked_row(name: str, values_N: np.ndarray, num_experts: int) -> np.ndarray:

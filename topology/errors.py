@@ -6,6 +6,8 @@ do next. ``exit_code`` is what the command line returns for it.
 
 from __future__ import annotations
 
+import operator
+
 
 class TamoeError(Exception):
     """Base of all errors raised on purpose by tamoe."""
@@ -54,3 +56,21 @@ class StoppedError(TamoeError):
     """The user stopped the run; the message says where the results so far are."""
 
     exit_code = 3
+
+
+def whole(name: str, value: object, low: int, high: int | None = None) -> int:
+    """The value as an int, if it is a whole number within the limits; else :class:`InputError`.
+
+    >>> whole("rank", 3, 0, 7)
+    3
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = low - 1
+    if number < low or (high is not None and number > high):
+        allowed = f"a whole number >= {low}" if high is None else f"{low} to {high}"
+        raise InputError(f"{name} is {value!r}; allowed: {allowed}")
+    return number

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import networkx as nx
 import numpy as np
 
-from tamoe.topology.errors import InputError
+from tamoe.topology.errors import InputError, whole
 from tamoe.topology.link import LINK_FIELDS, Link, Pair
 
 Contention = Literal["shared", "pairwise"]
@@ -263,8 +263,7 @@ class Topology:
 
         Infinite for the only node of a cluster, which has no border to cross.
         """
-        if not 0 <= node < self.num_nodes:
-            raise InputError(f"node is {node}; allowed: 0 to {self.num_nodes - 1}")
+        whole("node", node, 0, self.num_nodes - 1)
         inside = {name for name, data in self.graph.nodes(data=True) if data.get("node") == node}
         out = math.fsum(
             link.bandwidth_bytes_per_s
@@ -362,8 +361,7 @@ class Topology:
     # ---- checks -------------------------------------------------------------------------------
 
     def _check_rank(self, name: str, rank: int) -> None:
-        if not 0 <= rank < self.num_ranks:
-            raise InputError(f"{name} is {rank}; allowed: 0 to {self.num_ranks - 1}")
+        whole(name, rank, 0, self.num_ranks - 1)
 
     def _check_dense(self, view: str, accessor: str) -> None:
         if self.num_ranks > MAX_DENSE_RANKS:
