@@ -76,11 +76,11 @@ import signal, sys, time, os
 def stop(number, frame):
     print("interrupted", flush=True)
     sys.exit(0 if sys.argv[1] == "polite" else time.sleep(1000))
-signal.signal(signal.SIGINT, stop)
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # before the fork: the daemon never has the handler
 if os.fork() == 0:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.setsid()                                # a daemon beside each rank
     time.sleep(1000)
+signal.signal(signal.SIGINT, stop)
 print("ready", flush=True)
 while True: time.sleep(1)
 """
