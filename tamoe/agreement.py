@@ -18,9 +18,9 @@ from tamoe.topology.errors import InputError
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Headers travel in a message of fixed size: ranks that disagree on the number of experts must
-# still be able to read each other. Up to 24 experts a rank fit in beside the header; the counts of
-# further ones follow in a second message, whose size is agreed on by then.
-MESSAGE_WORDS = 32
+# still be able to read each other. Up to 56 counts for a peer fit in beside the header; further
+# ones follow in a second message, whose size is agreed on by then.
+MESSAGE_WORDS = 64
 _FIELDS = ("dtype", "hidden_size", "top_k", "num_experts", "requires_grad", "weight_TK", "exchange")
 
 
@@ -33,7 +33,7 @@ class Header:
     top_k: int
     num_experts: int
     requires_grad: bool
-    weighted: bool
+    weighted: int  # 0: no weights, 1: weights, 2: weights whose gradient has to travel
     layout: int
     problem: str | None = None
 
@@ -41,7 +41,7 @@ class Header:
         """The fields as integers, the status first."""
         dtype = DTYPES.index(self.dtype) if self.dtype in DTYPES else -1
         sizes = [self.hidden_size, self.top_k, self.num_experts]
-        flags = [int(self.requires_grad), int(self.weighted)]
+        flags = [int(self.requires_grad), self.weighted]
         return [int(self.problem is not None), dtype, *sizes, *flags, self.layout]
 
 
@@ -56,54 +56,59 @@ def layout_code(kind: str, schedule: str, nodes: Nodes) -> int:
 
 def exchange_counts(
     header: Header,
-    count_N: torch.Tensor,
+    count_PW: torch.Tensor,
     refused: torch.Tensor,
     group: dist.ProcessGroup,
-) -> tuple[list[int], list[list[int]]]:
-    """Tell every rank how many rows it gets for each of its experts; learn the same from all.
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Tell every rank the counts that it has to know; learn from all what this rank has to know.
+
+    One round trip to the host, two beyond :data:`INLINE_COUNTS` counts for a rank.
 
     Parameters
     ----------
     header
         This rank's side of the agreement.
-    count_N
-        ``[N]`` int64, rows for each expert, on the device that the group works on.
+    count_PW
+        ``[P, W]`` int64, W counts for each rank, on the device that the group works on.
     refused
         Scalar, nonzero where values on the device are not allowed. Kept on the device so that one
         read brings everything to the host.
     group
-        The ranks; N is a multiple of their number unless the header has a problem.
+        The ranks.
 
     Returns
     -------
-    sent_N, received_PE
-        Counts of rows sent to each expert, and received by rank and local expert.
+    sent_PW, received_PW
+        Counts told to each rank and by each rank.
 
     Raises
     ------
     InputError
         On all ranks: some rank refused its input, or a field of the header is not equal.
     """
-    num_ranks = dist.get_world_size(group)
-    count_PE = count_N.view(num_ranks, -1)
-    inline = min(count_PE.shape[1], INLINE_COUNTS)
-    message = torch.zeros(num_ranks, MESSAGE_WORDS, dtype=torch.int64, device=count_N.device)
-    message[:, :HEADER_WORDS] = torch.tensor(header.words(), device=count_N.device)
+    num_ranks, num_counts = count_PW.shape
+    inline = min(num_counts, INLINE_COUNTS)
+    message = torch.zeros(num_ranks, MESSAGE_WORDS, dtype=torch.int64, device=count_PW.device)
+    message[:, :HEADER_WORDS] = torch.tensor(header.words(), device=count_PW.device)
     message[:, 0] += refused.to(torch.int64)
-    message[:, HEADER_WORDS : HEADER_WORDS + inline] = count_PE[:, :inline]
+    message[:, HEADER_WORDS : HEADER_WORDS + inline] = count_PW[:, :inline]
     answer = torch.empty_like(message)
     dist.all_to_all_single(answer, message, group=group)
-    host = torch.cat([answer.flatten(), count_N, message[:1, 0]]).tolist()
-    words = [host[i * MESSAGE_WORDS : (i + 1) * MESSAGE_WORDS] for i in range(num_ranks)]
+    host = torch.cat([answer.flatten(), count_PW.flatten(), message[:1, 0]]).tolist()
+    words = _rows(host[: num_ranks * MESSAGE_WORDS], MESSAGE_WORDS)
     _require_equal([row[:HEADER_WORDS] for row in words], header.problem, bool(host[-1]))
-    received_PE = [row[HEADER_WORDS : HEADER_WORDS + inline] for row in words]
-    if count_PE.shape[1] > inline:
-        rest = count_PE[:, inline:].contiguous()
+    received_PW = [row[HEADER_WORDS : HEADER_WORDS + inline] for row in words]
+    if num_counts > inline:
+        rest = count_PW[:, inline:].contiguous()
         answer = torch.empty_like(rest)
         dist.all_to_all_single(answer, rest, group=group)
         tails = answer.tolist()
-        received_PE = [row + tail for row, tail in zip(received_PE, tails, strict=True)]
-    return host[num_ranks * MESSAGE_WORDS : -1], received_PE
+        received_PW = [row + tail for row, tail in zip(received_PW, tails, strict=True)]
+    return _rows(host[num_ranks * MESSAGE_WORDS : -1], num_counts), received_PW
+
+
+def _rows(values: list[int], size: int) -> list[list[int]]:
+    return [values[start : start + size] for start in range(0, len(values), size)]
 
 
 class RefusedValues(InputError):
@@ -142,5 +147,5 @@ def _shown(name: str, value: int) -> str:
     if name == "requires_grad":
         return str(bool(value))
     if name == "weight_TK":
-        return "given" if value else "None"
+        return ("None", "given", "given, with gradient")[value]
     return f"layout {value:08x}" if name == "exchange" else str(value)

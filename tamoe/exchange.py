@@ -6,19 +6,21 @@ size, n rows sent (choices that were not dropped), R rows received.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
 
 from tamoe.agreement import Header, RefusedValues, exchange_counts, layout_code
+from tamoe.flat import FlatRoute, plan_flat
 from tamoe.groups import group_rank, group_size, process_group
-from tamoe.handle import Handle, count_keys, deal_locally, input_problem, make_handle, sort_keys
-from tamoe.record import Phase, note_counts, timed
-from tamoe.schedules import Schedule, move_rounds, move_single, rounds_of
-from tamoe.summation import accumulation_dtype, add_up, sum_groups, weigh
+from tamoe.handle import Handle, count_keys, deal_locally, input_problem, sort_keys
+from tamoe.hierarchical import RelayRoute, plan_relays
+from tamoe.record import note_counts, timed
+from tamoe.relay_route import count_words, counts_for_ranks, read_words
+from tamoe.relays import list_copies, make_relays, plan_forwarding
+from tamoe.schedules import Mover, Schedule
+from tamoe.summation import sum_groups
 from tamoe.topology.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,19 +28,21 @@ if TYPE_CHECKING:
     from tamoe.solver import Plan
     from tamoe.topology.graph import Topology
 
-Kind = Literal["auto", "flat", "none"]
+Kind = Literal["auto", "flat", "hierarchical", "none"]
+KINDS: tuple[Kind, ...] = ("auto", "flat", "hierarchical", "none")
+_Planned = tuple[FlatRoute | RelayRoute, list[int], list[list[int]]]
 
 
 class Exchange:
     """Dispatch and combine over an expert-parallel group, with gradients.
 
-    Expert e of N lives on rank e // (N / P). Each (token, choice) row goes straight to the rank of
-    its expert. Both directions are deterministic, and the sum over a token's choices has one order
+    Expert e of N lives on rank e // (N / P). Both directions are deterministic, and the sum over a token's choices has one order
     for every exchange (:mod:`tamoe.summation`), so results do not depend on the schedule. A row is
     multiplied by its weight and rounded to the rows' dtype before it is added.
 
-    A dispatch needs one host round trip for counts (two beyond 24 experts a rank); combine and the
-    backward passes need none. All ranks must call dispatch and combine, and run backward, equally
+    A dispatch needs one host round trip for counts, two where a rank has to be told more than 56
+    (flat: the experts of a rank; hierarchical: those of a node, and twice the nodes); combine and
+    the backward passes need none. All ranks must call dispatch and combine, and run backward, equally
     often and in the same order, also ranks without tokens.
 
     Parameters
@@ -50,12 +54,15 @@ class Exchange:
         ProcessGroup, 1-D DeviceMesh, or None for the default group; one rank where
         torch.distributed is not initialised.
     kind
-        ``"flat"``; ``"auto"`` takes the best that is there, which is flat; ``"none"`` moves
+        ``"flat"``: every row goes straight to the rank of its expert. ``"hierarchical"``: a token
+        crosses the link of each node and switch once and is copied behind it, and sums cross back;
+        needs a topology. ``"auto"``: flat. ``"none"`` moves
         nothing: every rank works on its own rows, dealt in turn to its experts, as many as it
         would get on average. For measuring what the exchange costs; its results are not a model.
     schedule
         ``"single"``: one all-to-all. ``"rounds"``: disjoint node pairs, one after another; needs a
-        topology. ``"auto"``: rounds on gloo where there are several nodes, else single.
+        topology. ``"auto"``: rounds on gloo where there are several nodes, else single. The
+        hierarchical exchange always goes in rounds.
 
     Raises
     ------
@@ -82,8 +89,8 @@ class Exchange:
         kind: Kind = "auto",
         schedule: Schedule | Literal["auto"] = "auto",
     ) -> None:
-        if kind not in ("auto", "flat", "none"):
-            raise InputError(f"kind is {kind!r}; allowed: 'auto', 'flat', 'none'")
+        if kind not in KINDS:
+            raise InputError(f"kind is {kind!r}; allowed: {', '.join(map(repr, KINDS))}")
         if schedule not in ("auto", "single", "rounds"):
             raise InputError(f"schedule is {schedule!r}; allowed: 'auto', 'single', 'rounds'")
         given: Any = topology_or_plan
@@ -97,12 +104,21 @@ class Exchange:
             )
         if schedule == "rounds" and topology is None:
             raise InputError("schedule is 'rounds' without topology_or_plan, which gives the nodes")
+        if kind == "hierarchical" and topology is None:
+            raise InputError(
+                "kind is 'hierarchical' without topology_or_plan, which gives the nodes"
+            )
         self.nodes = (tuple(range(self.num_ranks)),) if topology is None else topology.nodes
-        self.kind: Literal["flat", "none"] = "none" if kind == "none" else "flat"
+        self.kind: Literal["flat", "hierarchical", "none"] = "flat" if kind == "auto" else kind
+        if self.group is None and self.kind == "hierarchical":
+            self.kind = "flat"  # one rank
         self.schedule: Schedule = self._best_schedule() if schedule == "auto" else schedule
-        self._rounds = rounds_of(self.nodes, self.rank)
-        self._near = set(next(ranks for ranks in self.nodes if self.rank in ranks))
-        self._groups = sum_groups(topology) if self.kind == "flat" else ()
+        if self.kind == "hierarchical":
+            self.schedule = "rounds"
+        moves = self.group if self.kind != "none" else None
+        self._mover = Mover(moves, self.nodes, self.rank, self.schedule)
+        self._groups = sum_groups(topology) if self.kind != "none" else ()
+        self._relays = make_relays(self.rank, self.nodes, self._groups)
         self._layout = layout_code(self.kind, self.schedule, self.nodes)
 
     def _best_schedule(self) -> Schedule:
@@ -159,15 +175,16 @@ class Exchange:
             top_k=expert_index_TK.shape[-1] if expert_index_TK.ndim else 0,
             num_experts=num_experts,
             requires_grad=torch.is_grad_enabled() and x_TD.requires_grad,
-            weighted=weight_TK is not None,
+            weighted=self._weighted(weight_TK),
             layout=self._layout,
             problem=problem,
         )
         if problem is not None:
             self._refuse(header, x_TD.device)
         key, refused = sort_keys(expert_index_TK, num_experts)
+        plan = {"flat": self._flat, "hierarchical": self._relayed, "none": self._kept}[self.kind]
         try:
-            sent_N, received_PE = self._counts(header, count_keys(key, num_experts), refused)
+            route, sent_N, received_PE = plan(x_TD, key, weight_TK, header, refused)
         except RefusedValues:
             raise InputError(
                 f"expert_index_TK holds {int(expert_index_TK.min())} to "
@@ -175,15 +192,17 @@ class Exchange:
                 f"dropped choice"
             ) from None
         note_counts(sent_N)
-        send_N: Sequence[int] = sent_N
-        if self.kind == "none":
-            key = deal_locally(key, num_experts, num_experts // self.num_ranks)
-            send_N = received_PE[0]
-        handle = make_handle(
-            x_TD, key, weight_TK, header.top_k, sent_N, send_N, received_PE, self._groups
+        handle = Handle(
+            num_tokens=len(x_TD),
+            top_k=header.top_k,
+            num_experts=num_experts,
+            hidden_size=header.hidden_size,
+            dtype=x_TD.dtype,
+            sent_counts_N=tuple(sent_N),
+            received_counts_PE=tuple(map(tuple, received_PE)),
+            route=route,
         )
-        row_RD: torch.Tensor = _Dispatch.apply(x_TD, handle, self)
-        return row_RD, handle
+        return route.dispatch(x_TD), handle
 
     def combine(self, row_RD: torch.Tensor, handle: Handle) -> torch.Tensor:
         """Return the experts' outputs to their tokens and add them up with their weights.
@@ -205,123 +224,114 @@ class Exchange:
         InputError
             The rows' shape or dtype is not that of the dispatched rows.
         """
-        expected = (sum(handle.receive_splits), handle.hidden_size)
+        expected = (sum(handle.counts_E), handle.hidden_size)
         if tuple(row_RD.shape) != expected or row_RD.dtype != handle.dtype:
             raise InputError(
                 f"row_RD is {row_RD.dtype} of shape {tuple(row_RD.shape)}; allowed: {handle.dtype} "
                 f"of shape {expected}, as dispatched. Experts must keep shape and dtype"
             )
-        combined_TD: torch.Tensor = _Combine.apply(row_RD, handle.weight_n, handle, self)
-        return combined_TD
+        return handle.route.combine(row_RD)
 
-    # ---- counts -------------------------------------------------------------------------------
+    # ---- planning -----------------------------------------------------------------------------
+
+    def _weighted(self, weight_TK: torch.Tensor | None) -> int:
+        if weight_TK is None:
+            return 0
+        travels = self.kind == "hierarchical" and weight_TK.requires_grad
+        return 2 if travels and torch.is_grad_enabled() else 1
 
     def _refuse(self, header: Header, device: torch.device) -> None:
         """Raise the header's problem, after telling the other ranks of the group."""
-        if self.group is not None and self.kind == "flat":
-            nothing_N = torch.zeros(self.num_ranks, dtype=torch.int64, device=device)
-            exchange_counts(header, nothing_N, nothing_N[0], self.group)
+        if self._mover.group is not None:
+            nothing_PW = torch.zeros(self.num_ranks, 1, dtype=torch.int64, device=device)
+            exchange_counts(header, nothing_PW, nothing_PW[0, 0], self._mover.group)
         raise InputError(header.problem)
 
+    def _flat(
+        self,
+        x_TD: torch.Tensor,
+        key: torch.Tensor,
+        weight_TK: torch.Tensor | None,
+        header: Header,
+        refused: torch.Tensor,
+    ) -> _Planned:
+        count_N = count_keys(key, header.num_experts)
+        sent_PE, received_PE = self._counts(header, count_N.view(self.num_ranks, -1), refused)
+        sent_N = [count for counts_E in sent_PE for count in counts_E]
+        choice_n = torch.argsort(key, stable=True)[: sum(sent_N)]
+        token_n, weight_n = choice_n // header.top_k, _weights(weight_TK, choice_n)
+        route = plan_flat(
+            self._mover, len(x_TD), token_n, weight_n, sent_PE, received_PE, self._groups
+        )
+        return route, sent_N, received_PE
+
+    def _relayed(
+        self,
+        x_TD: torch.Tensor,
+        key: torch.Tensor,
+        weight_TK: torch.Tensor | None,
+        header: Header,
+        refused: torch.Tensor,
+    ) -> _Planned:
+        num_local, relays = header.num_experts // self.num_ranks, self._relays
+        node_N = torch.tensor(
+            [node for node in relays.node_of for _ in range(num_local)] + [len(self.nodes)],
+            device=key.device,
+        )
+        node_key = node_N[key]
+        parent_TM, forward_MM = plan_forwarding(node_key, len(x_TD), relays)
+        count_N = count_keys(key, header.num_experts)
+        word_PW = count_words(forward_MM, count_N, relays)
+        sent_PW, received_PW = self._counts(header, word_PW, refused)
+        own_P, told_P = read_words(sent_PW, received_PW, relays, num_local)
+        copies = list_copies(parent_TM, [own_P[ranks[0]].forward_M for ranks in self.nodes])
+        sent_N = [count for counts_E in counts_for_ranks(own_P, relays) for count in counts_E]
+        choice_n = torch.argsort(key, stable=True)[: sum(sent_N)]
+        route = plan_relays(
+            self._mover,
+            relays,
+            copies,
+            copies.position_TM[choice_n // header.top_k, node_key[choice_n]],
+            _weights(weight_TK, choice_n),
+            header.dtype,
+            own_P,
+            told_P,
+        )
+        own = self.nodes[relays.node].index(self.rank)
+        return route, sent_N, [list(told.choices_pE[own]) for told in told_P]
+
+    def _kept(
+        self,
+        x_TD: torch.Tensor,
+        key: torch.Tensor,
+        weight_TK: torch.Tensor | None,
+        header: Header,
+        refused: torch.Tensor,
+    ) -> _Planned:
+        """Every rank works on its own rows, dealt in turn to its experts."""
+        num_local = header.num_experts // self.num_ranks
+        count_N = count_keys(key, header.num_experts)
+        sent_N = self._counts(header, count_N.view(1, -1), refused)[0][0]
+        share, extra = divmod(sum(sent_N), num_local)
+        dealt_PE = [[share + (expert < extra) for expert in range(num_local)]]
+        key = deal_locally(key, header.num_experts, num_local)
+        choice_n = torch.argsort(key, stable=True)[: sum(sent_N)]
+        token_n, weight_n = choice_n // header.top_k, _weights(weight_TK, choice_n)
+        route = plan_flat(self._mover, len(x_TD), token_n, weight_n, dealt_PE, dealt_PE, ())
+        return route, sent_N, dealt_PE
+
     def _counts(
-        self, header: Header, count_N: torch.Tensor, refused: torch.Tensor
-    ) -> tuple[list[int], list[list[int]]]:
-        """Rows sent to each expert, and received by source rank and local expert."""
-        if self.group is not None and self.kind == "flat":
-            with timed("counts", count_N.device, 0, 0):
-                return exchange_counts(header, count_N, refused, self.group)
-        *sent_N, bad = torch.cat([count_N, refused.to(torch.int64).view(1)]).tolist()
+        self, header: Header, word_PW: torch.Tensor, refused: torch.Tensor
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Words told to each rank and by each rank."""
+        if self._mover.group is not None:
+            with timed("counts", word_PW.device, 0, 0):
+                return exchange_counts(header, word_PW, refused, self._mover.group)
+        *words, bad = torch.cat([word_PW.flatten(), refused.to(torch.int64).view(1)]).tolist()
         if bad:
             raise RefusedValues("the exchange refused values of this rank")
-        num_local = header.num_experts // self.num_ranks
-        if self.kind == "flat":
-            return sent_N, [sent_N]
-        share, extra = divmod(sum(sent_N), num_local)
-        return sent_N, [[share + (expert < extra) for expert in range(num_local)]]
-
-    # ---- moving rows --------------------------------------------------------------------------
-
-    def _send(self, row_nD: torch.Tensor, handle: Handle, phase: Phase) -> torch.Tensor:
-        """From the order of sending to the order of this rank's experts."""
-        row_RD = self._move(row_nD, handle.send_splits, handle.receive_splits, phase)
-        return row_RD if handle.arrangement_R is None else row_RD[handle.arrangement_R]
-
-    def _return(self, row_RD: torch.Tensor, handle: Handle, phase: Phase) -> torch.Tensor:
-        """From the order of this rank's experts back to the order of sending."""
-        if handle.arrangement_R is not None:
-            row_RD = torch.empty_like(row_RD).index_copy_(0, handle.arrangement_R, row_RD)
-        return self._move(row_RD, handle.receive_splits, handle.send_splits, phase)
-
-    def _move(
-        self,
-        row_nD: torch.Tensor,
-        send_splits: Sequence[int],
-        receive_splits: Sequence[int],
-        phase: Phase,
-    ) -> torch.Tensor:
-        if self.group is None or self.kind == "none":
-            return row_nD
-        row_bytes = row_nD.shape[1] * row_nD.element_size()
-        away = [rows * row_bytes for rank, rows in enumerate(send_splits) if rank != self.rank]
-        far = [rows * row_bytes for rank, rows in enumerate(send_splits) if rank not in self._near]
-        with timed(phase, row_nD.device, sum(away), sum(far)):
-            if self.schedule == "single":
-                return move_single(row_nD, send_splits, receive_splits, self.group)
-            return move_rounds(row_nD, send_splits, receive_splits, self.group, self._rounds)
+        return [words], [words]
 
 
-class _Dispatch(torch.autograd.Function):
-    """Rows out; the backward pass returns their gradients and adds them up, as combine does."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: torch.Tensor, handle: Handle, exchange: Exchange) -> torch.Tensor:
-        ctx.handle, ctx.exchange = handle, exchange
-        return exchange._send(x_TD.index_select(0, handle.token_n), handle, "dispatch")
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_RD: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        grad_nD = ctx.exchange._return(grad_RD.contiguous(), ctx.handle, "dispatch_backward")
-        return add_up(grad_nD, ctx.handle.sum_plan), None, None
-
-
-class _Combine(torch.autograd.Function):
-    """Rows back and added up; the backward pass sends the sum's gradient out, as dispatch does.
-
-    The weights are applied where the tokens are: the product is rounded to the rows' dtype, so it
-    has the same bits as if the expert's rank had made it, and weights need not travel.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        row_RD: torch.Tensor,
-        weight_n: torch.Tensor | None,
-        handle: Handle,
-        exchange: Exchange,
-    ) -> torch.Tensor:
-        ctx.handle, ctx.exchange, ctx.weighted = handle, exchange, weight_n is not None
-        row_nD = exchange._return(row_RD.contiguous(), handle, "combine")
-        if weight_n is None:
-            return add_up(row_nD, handle.sum_plan)
-        ctx.save_for_backward(row_nD, weight_n)
-        return add_up(weigh(row_nD, weight_n), handle.sum_plan)
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, grad_TD: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
-        grad_nD = grad_TD.index_select(0, ctx.handle.token_n)
-        grad_weight_n = None
-        if ctx.weighted:
-            row_nD, weight_n = ctx.saved_tensors
-            wide = accumulation_dtype(row_nD.dtype)
-            grad_weight_n = (grad_nD.to(wide) * row_nD.to(wide)).sum(1).to(weight_n.dtype)
-            grad_nD = weigh(grad_nD, weight_n)
-        return (
-            ctx.exchange._send(grad_nD, ctx.handle, "combine_backward"),
-            grad_weight_n,
-            None,
-            None,
-        )
+def _weights(weight_TK: torch.Tensor | None, choice_n: torch.Tensor) -> torch.Tensor | None:
+    return None if weight_TK is None else weight_TK.flatten().index_select(0, choice_n)

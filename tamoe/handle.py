@@ -1,18 +1,18 @@
-"""From expert indices to the order in which rows travel and are added up again.
+"""What an exchange is given, checked and sorted, and what a dispatch hands on.
 
 Shape suffixes: T tokens, K choices, N experts of the group, E experts of a rank, P ranks, D hidden
-size, n rows sent (choices that were not dropped), R rows received.
+size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from tamoe.agreement import DTYPES
-from tamoe.summation import SumPlan, plan_sum
+from tamoe.flat import FlatRoute
+from tamoe.hierarchical import RelayRoute
 
 INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8)
 
@@ -28,12 +28,7 @@ class Handle:
     dtype: torch.dtype
     sent_counts_N: tuple[int, ...]  # rows of this rank for each expert, as routed
     received_counts_PE: tuple[tuple[int, ...], ...]  # rows by source rank and local expert
-    send_splits: tuple[int, ...]  # rows for each rank
-    receive_splits: tuple[int, ...]  # rows from each rank
-    token_n: torch.Tensor  # token of each row; rows are sorted by expert, then by token
-    arrangement_R: torch.Tensor | None  # place, as received, of each row in expert order
-    sum_plan: SumPlan
-    weight_n: torch.Tensor | None  # factor of each row, with its graph
+    route: FlatRoute | RelayRoute  # how the rows travel
 
     @property
     def counts_E(self) -> tuple[int, ...]:
@@ -101,57 +96,3 @@ def deal_locally(key: torch.Tensor, num_experts: int, num_local: int) -> torch.T
     """
     kept = key < num_experts
     return torch.where(kept, (kept.cumsum(0) - 1) % num_local, num_local)
-
-
-def make_handle(
-    x_TD: torch.Tensor,
-    key: torch.Tensor,
-    weight_TK: torch.Tensor | None,
-    top_k: int,
-    sent_counts_N: Sequence[int],
-    send_counts_N: Sequence[int],
-    received_counts_PE: Sequence[Sequence[int]],
-    groups: Sequence[Sequence[int]],
-) -> Handle:
-    """Sort the kept choices by expert and plan both ways.
-
-    ``send_counts_N`` are the counts of the keys, which are not ``sent_counts_N``, those of the
-    routing, where rows were dealt locally.
-    """
-    num_ranks = len(received_counts_PE)
-    num_local = len(send_counts_N) // num_ranks
-    choice_n = torch.argsort(key, stable=True)[: sum(send_counts_N)]
-    token_n = choice_n // top_k
-    rank_n = key[choice_n] // num_local
-    return Handle(
-        num_tokens=len(x_TD),
-        top_k=top_k,
-        num_experts=len(sent_counts_N),
-        hidden_size=x_TD.shape[1],
-        dtype=x_TD.dtype,
-        sent_counts_N=tuple(sent_counts_N),
-        received_counts_PE=tuple(tuple(row) for row in received_counts_PE),
-        send_splits=tuple(
-            sum(send_counts_N[rank * num_local : (rank + 1) * num_local])
-            for rank in range(num_ranks)
-        ),
-        receive_splits=tuple(sum(row) for row in received_counts_PE),
-        token_n=token_n,
-        arrangement_R=_arrangement(received_counts_PE, x_TD.device),
-        sum_plan=plan_sum(token_n, rank_n, len(x_TD), groups),
-        weight_n=None if weight_TK is None else weight_TK.flatten().index_select(0, choice_n),
-    )
-
-
-def _arrangement(
-    received_counts_PE: Sequence[Sequence[int]], device: torch.device
-) -> torch.Tensor | None:
-    """Rows come sorted by source, then expert; experts want them by expert, then source."""
-    num_ranks, num_local = len(received_counts_PE), len(received_counts_PE[0])
-    if num_ranks == 1 or num_local == 1:
-        return None
-    count = torch.tensor(received_counts_PE, device=device).flatten()
-    expert = torch.arange(num_local, device=device).repeat(num_ranks)
-    size = sum(map(sum, received_counts_PE))
-    expert_R = expert.repeat_interleave(count, output_size=size)
-    return torch.argsort(expert_R, stable=True)

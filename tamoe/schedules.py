@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
 import torch.distributed as dist
+
+from tamoe.record import Phase, timed
 
 Schedule = Literal["single", "rounds"]
 Nodes = tuple[tuple[int, ...], ...]
@@ -24,6 +27,52 @@ class Round:
 
     targets: tuple[int, ...]
     sources: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Mover:
+    """Moves rows between the ranks of a group, by one schedule, and keeps the record.
+
+    Parameters
+    ----------
+    group
+        The ranks; None: nothing to move, there is one.
+    nodes, rank
+        Ranks of each node, and this one.
+    schedule
+        ``"single"`` or ``"rounds"``.
+    """
+
+    group: dist.ProcessGroup | None
+    nodes: Nodes
+    rank: int
+    schedule: Schedule
+
+    @cached_property
+    def _rounds(self) -> tuple[Round, ...]:
+        return rounds_of(self.nodes, self.rank)
+
+    @cached_property
+    def _near(self) -> frozenset[int]:
+        return frozenset(next(ranks for ranks in self.nodes if self.rank in ranks))
+
+    def move(
+        self,
+        row_nD: torch.Tensor,
+        send_splits: Sequence[int],
+        receive_splits: Sequence[int],
+        phase: Phase,
+    ) -> torch.Tensor:
+        """Send rows to every rank; received rows are in order of rank."""
+        if self.group is None:
+            return row_nD
+        row_bytes = row_nD.shape[1] * row_nD.element_size()
+        away = [rows * row_bytes for rank, rows in enumerate(send_splits) if rank != self.rank]
+        far = [rows * row_bytes for rank, rows in enumerate(send_splits) if rank not in self._near]
+        with timed(phase, row_nD.device, sum(away), sum(far)):
+            if self.schedule == "single":
+                return move_single(row_nD, send_splits, receive_splits, self.group)
+            return move_rounds(row_nD, send_splits, receive_splits, self.group, self._rounds)
 
 
 def rounds_of(nodes: Nodes, rank: int) -> tuple[Round, ...]:

@@ -116,27 +116,41 @@ def plan_sum(
             upper_n = torch.zeros_like(rank_n)
         else:
             upper_n = torch.tensor(group, device=rank_n.device)[rank_n]
-        stage = _stage(token_n * num_ranks + upper_n, lower_n, num_ranks)
-        if stage is not None:
+        stage = plan_stage(token_n * num_ranks + upper_n, lower_n, num_ranks)
+        if len(stage.first_m) < len(token_n):
             stages.append(stage)
             token_n, rank_n, upper_n = (v[stage.first_m] for v in (token_n, rank_n, upper_n))
         lower_n = upper_n
     return SumPlan(tuple(stages), token_n, num_tokens)
 
 
-def _stage(sum_n: torch.Tensor, lower_n: torch.Tensor, num_lower: int) -> Stage | None:
-    """Terms of equal ``sum_n``, ordered by lower group, then as given; None if all are alone."""
+def plan_stage(sum_n: torch.Tensor, lower_n: torch.Tensor, num_lower: int) -> Stage:
+    """Add up rows of equal ``sum_n``, in order of ``lower_n``, then as given; sums are ascending.
+
+    Parameters
+    ----------
+    sum_n
+        Number of the sum that each row belongs to, >= 0.
+    lower_n
+        Group of each row one level below, 0 to ``num_lower`` - 1.
+    num_lower
+        Number of those groups.
+
+    Examples
+    --------
+    >>> stage = plan_stage(torch.tensor([1, 0, 1]), torch.tensor([1, 0, 0]), 2)
+    >>> add_stage(torch.tensor([[1.0], [10.0], [100.0]]), stage).flatten().tolist()
+    [10.0, 101.0]
+    """
     order_n = torch.argsort(sum_n * num_lower + lower_n, stable=True)
     sorted_n = sum_n[order_n]
     starts_n = torch.ones_like(sorted_n, dtype=torch.bool)
     starts_n[1:] = sorted_n[1:] != sorted_n[:-1]
     first_m = starts_n.nonzero().flatten()
-    if len(first_m) == len(sum_n):
-        return None
     segment_n = starts_n.cumsum(0) - 1
     position_n = torch.arange(len(sum_n), device=sum_n.device) - first_m[segment_n]
     passes = []
-    for position in range(1, 1 + int(position_n.max())):
+    for position in range(1, 1 + int(position_n.max()) if len(sum_n) else 0):
         chosen = (position_n == position).nonzero().flatten()
         passes.append((segment_n[chosen], order_n[chosen]))
     return Stage(order_n[first_m], tuple(passes))
@@ -144,13 +158,17 @@ def _stage(sum_n: torch.Tensor, lower_n: torch.Tensor, num_lower: int) -> Stage 
 
 def add_up(row_nD: torch.Tensor, plan: SumPlan) -> torch.Tensor:
     """Sum of each token's rows in the canonical order, ``[T, D]`` in the rows' dtype."""
-    wire, wide = row_nD.dtype, accumulation_dtype(row_nD.dtype)
     for stage in plan.stages:
-        sum_mD = row_nD[stage.first_m].to(wide)
-        for segment, row in stage.more:
-            sum_mD.index_add_(0, segment, row_nD[row].to(wide))
-        row_nD = sum_mD.to(wire)
+        row_nD = add_stage(row_nD, stage)
     return row_nD.new_zeros(plan.num_tokens, row_nD.shape[1]).index_copy_(0, plan.token_m, row_nD)
+
+
+def add_stage(row_nD: torch.Tensor, stage: Stage) -> torch.Tensor:
+    """Sums of one stage, made in the accumulation dtype and rounded to the rows' dtype."""
+    sum_mD = row_nD[stage.first_m].to(accumulation_dtype(row_nD.dtype))
+    for segment, row in stage.more:
+        sum_mD.index_add_(0, segment, row_nD[row].to(sum_mD.dtype))
+    return sum_mD.to(row_nD.dtype)
 
 
 def weigh(row_nD: torch.Tensor, weight_n: torch.Tensor) -> torch.Tensor:

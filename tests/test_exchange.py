@@ -92,7 +92,9 @@ def test_bad_input_is_named(change, match):
 def test_bad_construction_is_named():
     with pytest.raises(InputError, match="topology_or_plan has 8 ranks and the group 1"):
         Exchange(tree("4x2"))
-    with pytest.raises(InputError, match="kind is 'hier'; allowed: 'auto', 'flat', 'none'"):
+    with pytest.raises(
+        InputError, match="kind is 'hier'; allowed: 'auto', 'flat', 'hierarchical', 'none'"
+    ):
         Exchange(kind="hier")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="schedule is 'rounds' without topology"):
         Exchange(schedule="rounds")

@@ -354,7 +354,7 @@ def test_gradients_flow_under_autocast_in_bfloat16():
     [
         ({"num_experts": 0}, "num_experts is 0; allowed: a positive multiple"),
         ({"experts": nn.ModuleList([nn.Linear(6, 6)])}, "experts has 1 modules; allowed: 8"),
-        ({"exchange": "hierarchical"}, "kind is 'hierarchical'; allowed: 'auto', 'flat', 'none'"),
+        ({"exchange": "hierarchical"}, "kind is 'hierarchical' without topology_or_plan"),
     ],
 )
 def test_bad_construction_is_named(change, match):

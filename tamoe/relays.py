@@ -1,0 +1,212 @@
+"""Which ranks pass a token on, so that it crosses the links of each node and switch once.
+
+A token leaves its rank once for every group of nodes (highest switches first) that hosts one of
+its experts, with one copy. In each group it lands on a node that hosts one, and is copied from
+there to the others. On a node it lands on the rank with the local index of the token's own rank
+(rail-aligned), which passes it on to the ranks of its experts. Sums travel the same way back.
+
+Shape suffixes: T tokens, M nodes, P ranks, n choices that were not dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+from tamoe.schedules import Nodes
+
+
+@dataclass(frozen=True, eq=False)
+class Relays:
+    """The static part: who relays for whom, as one rank sees it.
+
+    Parameters
+    ----------
+    rank
+        This rank.
+    nodes
+        Ranks of each node.
+    groups
+        Group of each rank at each level of the sum, from :func:`tamoe.summation.sum_groups`.
+    """
+
+    rank: int
+    nodes: Nodes
+    groups: tuple[tuple[int, ...], ...]
+    node: int  # of this rank
+    node_of: tuple[int, ...]
+    group_LM: tuple[tuple[int, ...], ...]  # group of each node at each level
+    relay_PM: tuple[tuple[int, ...], ...]  # rank that relays tokens of a rank on a node
+    served: tuple[int, ...]  # ranks whose tokens this rank relays on its node, itself among them
+
+    @property
+    def num_levels(self) -> int:
+        """Hops between nodes; one more stays inside the node."""
+        return len(self.groups)
+
+    def level(self, node: int, other: int) -> int:
+        """Hop that connects two nodes: 1 for nodes of one lowest switch, 0 for the same node."""
+        return sum(group_M[node] != group_M[other] for group_M in self.group_LM)
+
+
+def make_relays(rank: int, nodes: Nodes, groups: Sequence[Sequence[int]]) -> Relays:
+    """Work out who relays for whom.
+
+    Examples
+    --------
+    >>> relays = make_relays(0, ((0, 1, 2), (3, 4)), ((0, 0, 0, 1, 1),))
+    >>> relays.relay_PM  # ranks 0 and 2 share rank 3 as their relay on the second node
+    ((0, 3), (1, 4), (2, 3), (0, 3), (1, 4))
+    >>> make_relays(3, ((0, 1, 2), (3, 4)), ((0, 0, 0, 1, 1),)).served
+    (0, 2, 3)
+    """
+    num_ranks = sum(map(len, nodes))
+    node_of = [0] * num_ranks
+    local_of = [0] * num_ranks
+    for number, ranks in enumerate(nodes):
+        for local, member in enumerate(ranks):
+            node_of[member], local_of[member] = number, local
+    relay_PM = tuple(
+        tuple(ranks[local_of[source] % len(ranks)] for ranks in nodes)
+        for source in range(num_ranks)
+    )
+    node = node_of[rank]
+    return Relays(
+        rank=rank,
+        nodes=nodes,
+        groups=tuple(tuple(group) for group in groups),
+        node=node,
+        node_of=tuple(node_of),
+        group_LM=tuple(tuple(group[ranks[0]] for ranks in nodes) for group in groups),
+        relay_PM=relay_PM,
+        served=tuple(s for s in range(num_ranks) if relay_PM[s][node] == rank),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Copies:
+    """Where the tokens of one rank are copied to, and from where.
+
+    On its own node a token is at position t. On another node the copies are listed by the node
+    that they come from, then by token; ``position_TM`` is the place in that list.
+    """
+
+    num_tokens: int
+    position_TM: torch.Tensor
+    entry_m: torch.Tensor  # token of each copy, by target node, source node, token
+
+
+def plan_forwarding(
+    key_n: torch.Tensor, num_tokens: int, relays: Relays
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Forwarding trees of this rank's tokens, without waiting for the device.
+
+    Parameters
+    ----------
+    key_n
+        ``[T·K]``, node that hosts the expert of each choice, M where the choice was dropped.
+    num_tokens
+        Tokens T.
+    relays
+        The static part.
+
+    Returns
+    -------
+    parent_TM, forward_MM
+        Node that a token's copy on each node comes from, -1 where there is none; number of tokens
+        copied from node to node.
+
+    Examples
+    --------
+    >>> relays = make_relays(0, ((0,), (1,), (2,)), ((0, 1, 2), (0, 1, 1)))
+    >>> parent_TM, forward_MM = plan_forwarding(torch.tensor([1, 2, 2, 3]), 2, relays)
+    >>> parent_TM.tolist()  # token 0 goes to node 1 and from there on to node 2
+    [[-1, 0, 1], [-1, -1, 0]]
+    >>> forward_MM.tolist()
+    [[0, 1, 1], [0, 0, 1], [0, 0, 0]]
+    """
+    num_nodes, device = len(relays.nodes), key_n.device
+    touch_TM = torch.zeros(num_tokens, num_nodes + 1, dtype=torch.bool, device=device)
+    if num_tokens:
+        touch_TM.scatter_(1, key_n.view(num_tokens, -1), True)
+    touch_TM = touch_TM[:, :num_nodes]
+    parent_TM = torch.full(touch_TM.shape, -1, dtype=torch.int64, device=device)
+    home_T = torch.full((num_tokens,), relays.node, device=device)
+    _spread(touch_TM, parent_TM, list(range(num_nodes)), home_T, relays.group_LM)
+    pairs = torch.zeros(num_nodes * num_nodes + 1, dtype=torch.int64, device=device)
+    pair_m = _pairs(parent_TM).flatten()
+    pairs.scatter_add_(0, pair_m, torch.ones_like(pair_m))
+    return parent_TM, pairs[:-1].view(num_nodes, num_nodes).T
+
+
+def list_copies(parent_TM: torch.Tensor, forward_MM: Sequence[Sequence[int]]) -> Copies:
+    """The lists of copies, once the host knows how many there are from node to node.
+
+    Examples
+    --------
+    >>> parent_TM = torch.tensor([[-1, 0, 1], [-1, -1, 0]])
+    >>> copies = list_copies(parent_TM, [[0, 1, 1], [0, 0, 1], [0, 0, 0]])
+    >>> copies.entry_m.tolist(), copies.position_TM[:, 2].tolist()
+    ([0, 1, 0], [1, 0])
+    """
+    num_tokens, num_nodes = parent_TM.shape
+    device = parent_TM.device
+    order_m = torch.argsort(_pairs(parent_TM).flatten(), stable=True)[: sum(map(sum, forward_MM))]
+    entry_m = order_m % max(num_tokens, 1)
+    target_m = order_m // max(num_tokens, 1)
+    received_M = [sum(column) for column in zip(*forward_MM, strict=True)]
+    start_M = torch.tensor([0, *accumulate(received_M)][:num_nodes], device=device)
+    position_TM = torch.arange(num_tokens, device=device)[:, None].repeat(1, num_nodes)
+    place_m = torch.arange(len(entry_m), device=device)
+    position_TM[entry_m, target_m] = place_m - start_M[target_m]
+    return Copies(num_tokens, position_TM, entry_m)
+
+
+def _pairs(parent_TM: torch.Tensor) -> torch.Tensor:
+    """Number of (target node, source node) of each copy, ``[M, T]``; M² where there is none."""
+    num_nodes = parent_TM.shape[1]
+    targets = torch.arange(num_nodes, device=parent_TM.device) * num_nodes
+    return torch.where(parent_TM >= 0, targets + parent_TM, num_nodes * num_nodes).T
+
+
+def _spread(
+    touch_TM: torch.Tensor,
+    parent_TM: torch.Tensor,
+    members: list[int],
+    home_T: torch.Tensor,
+    group_LM: Sequence[Sequence[int]],
+) -> None:
+    """Copy tokens from their node ``home_T`` in a group to the groups that it consists of."""
+    if len(group_LM) <= 1:  # the groups are nodes
+        nodes = torch.tensor(members, device=home_T.device)
+        wanted = touch_TM[:, nodes] & (nodes != home_T[:, None])
+        parent_TM[:, nodes] = torch.where(wanted, home_T[:, None], parent_TM[:, nodes])
+        return
+    of_node = group_LM[-1]
+    for group in dict.fromkeys(of_node[node] for node in members):
+        inside = [node for node in members if of_node[node] == group]
+        nodes = torch.tensor(inside, device=home_T.device)
+        at_home_T = (home_T[:, None] == nodes).any(1)
+        entry_T = torch.where(at_home_T, home_T, _first_touched(touch_TM, nodes))
+        leaves_T = touch_TM[:, nodes].any(1) & ~at_home_T
+        entry_T1 = entry_T[:, None]
+        before_T1 = parent_TM.gather(1, entry_T1)
+        from_T1 = torch.where(leaves_T[:, None], home_T[:, None], before_T1)
+        parent_TM.scatter_(1, entry_T1, from_T1)
+        _spread(touch_TM, parent_TM, inside, entry_T, group_LM[:-1])
+
+
+def _first_touched(touch_TM: torch.Tensor, nodes: torch.Tensor) -> torch.Tensor:
+    """A node that each token touches; counting starts elsewhere from token to token.
+
+    That spreads the copying over the nodes of a group.
+    """
+    num_tokens, size = len(touch_TM), len(nodes)
+    places = torch.arange(size, device=nodes.device)
+    turned_Tm = (torch.arange(num_tokens, device=nodes.device)[:, None] + places) % size
+    touched_Tm = touch_TM[:, nodes].gather(1, turned_Tm)
+    first_T1 = touched_Tm.to(torch.int8).argmax(1, keepdim=True)
+    return nodes[turned_Tm.gather(1, first_T1)].squeeze(1)
