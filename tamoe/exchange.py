@@ -36,14 +36,15 @@ _Planned = tuple[FlatRoute | RelayRoute, list[int], list[list[int]]]
 class Exchange:
     """Dispatch and combine over an expert-parallel group, with gradients.
 
-    Expert e of N lives on rank e // (N / P). Both directions are deterministic, and the sum over a token's choices has one order
-    for every exchange (:mod:`tamoe.summation`), so results do not depend on the schedule. A row is
-    multiplied by its weight and rounded to the rows' dtype before it is added.
+    Expert e of N lives on rank e // (N / P). Both directions are deterministic, and the sum over a
+    token's choices has one order for every exchange (:mod:`tamoe.summation`), so results do not
+    depend on kind or schedule. A row is multiplied by its weight and rounded to the rows' dtype
+    before it is added.
 
     A dispatch needs one host round trip for counts, two where a rank has to be told more than 56
     (flat: the experts of a rank; hierarchical: those of a node, and twice the nodes); combine and
-    the backward passes need none. All ranks must call dispatch and combine, and run backward, equally
-    often and in the same order, also ranks without tokens.
+    the backward passes need none. All ranks must call dispatch and combine, and run backward,
+    equally often and in the same order, also ranks without tokens.
 
     Parameters
     ----------
