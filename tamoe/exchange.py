@@ -14,14 +14,14 @@ import torch.distributed as dist
 from tamoe.agreement import Header, RefusedValues, exchange_counts, layout_code
 from tamoe.flat import FlatRoute, plan_flat
 from tamoe.groups import group_rank, group_size, process_group
-from tamoe.handle import Handle, count_keys, deal_locally, input_problem, sort_keys
+from tamoe.handle import Handle, deal_locally, input_problem, sort_keys
 from tamoe.hierarchical import RelayRoute, plan_relays
 from tamoe.record import note_counts, timed
-from tamoe.relay_route import count_words, counts_for_ranks, read_words
-from tamoe.relays import list_copies, make_relays, plan_forwarding
+from tamoe.relays import make_relays
 from tamoe.schedules import Mover, Schedule
+from tamoe.shares import count_keys, counts_of_parts, cut_tokens, describe_parts, make_shares
 from tamoe.summation import sum_groups
-from tamoe.topology.errors import InputError
+from tamoe.topology.errors import InputError, whole
 
 if TYPE_CHECKING:
     from tamoe.groups import Group
@@ -64,6 +64,9 @@ class Exchange:
         ``"single"``: one all-to-all. ``"rounds"``: disjoint node pairs, one after another; needs a
         topology. ``"auto"``: rounds on gloo where there are several nodes, else single. The
         hierarchical exchange always goes in rounds.
+    chunks
+        Parts, >= 1, that the tokens of a hierarchical exchange travel in: while one crosses the
+        links between nodes, the one before is worked on inside them.
 
     Raises
     ------
@@ -89,11 +92,13 @@ class Exchange:
         group: Group = None,
         kind: Kind = "auto",
         schedule: Schedule | Literal["auto"] = "auto",
+        chunks: int = 4,
     ) -> None:
         if kind not in KINDS:
             raise InputError(f"kind is {kind!r}; allowed: {', '.join(map(repr, KINDS))}")
         if schedule not in ("auto", "single", "rounds"):
             raise InputError(f"schedule is {schedule!r}; allowed: 'auto', 'single', 'rounds'")
+        self.chunks = whole("chunks", chunks, 1)
         given: Any = topology_or_plan
         topology: Topology | None = getattr(given, "topology", given)
         self.group = process_group(group)
@@ -120,7 +125,8 @@ class Exchange:
         self._mover = Mover(moves, self.nodes, self.rank, self.schedule)
         self._groups = sum_groups(topology) if self.kind != "none" else ()
         self._relays = make_relays(self.rank, self.nodes, self._groups)
-        self._layout = layout_code(self.kind, self.schedule, self.nodes)
+        parts = self.chunks if self.kind == "hierarchical" else 1
+        self._layout = layout_code(f"{self.kind}/{parts}", self.schedule, self.nodes)
 
     def _best_schedule(self) -> Schedule:
         if self.group is None or len(self.nodes) == 1:
@@ -274,32 +280,16 @@ class Exchange:
         header: Header,
         refused: torch.Tensor,
     ) -> _Planned:
-        num_local, relays = header.num_experts // self.num_ranks, self._relays
-        node_N = torch.tensor(
-            [node for node in relays.node_of for _ in range(num_local)] + [len(self.nodes)],
-            device=key.device,
-        )
-        node_key = node_N[key]
-        parent_TM, forward_MM = plan_forwarding(node_key, len(x_TD), relays)
-        count_N = count_keys(key, header.num_experts)
-        word_PW = count_words(forward_MM, count_N, relays)
+        relays, num_local = self._relays, header.num_experts // self.num_ranks
+        cut = cut_tokens(key, header.top_k, num_local, self.chunks, relays)
+        word_PW, parents = describe_parts(cut, relays)
         sent_PW, received_PW = self._counts(header, word_PW, refused)
-        own_P, told_P = read_words(sent_PW, received_PW, relays, num_local)
-        copies = list_copies(parent_TM, [own_P[ranks[0]].forward_M for ranks in self.nodes])
-        sent_N = [count for counts_E in counts_for_ranks(own_P, relays) for count in counts_E]
-        choice_n = torch.argsort(key, stable=True)[: sum(sent_N)]
-        route = plan_relays(
-            self._mover,
-            relays,
-            copies,
-            copies.position_TM[choice_n // header.top_k, node_key[choice_n]],
-            _weights(weight_TK, choice_n),
-            header.dtype,
-            own_P,
-            told_P,
-        )
-        own = self.nodes[relays.node].index(self.rank)
-        return route, sent_N, [list(told.choices_pE[own]) for told in told_P]
+        shares = make_shares(cut, parents, sent_PW, received_PW, relays)
+        sent_PE, received_PE = counts_of_parts(shares, relays)
+        choice_n = torch.argsort(key, stable=True)[: sum(map(sum, sent_PE))]
+        weight_n = _weights(weight_TK, choice_n)
+        route = plan_relays(self._mover, relays, shares, weight_n, header.dtype)
+        return route, [count for counts_E in sent_PE for count in counts_E], received_PE
 
     def _kept(
         self,

@@ -82,12 +82,6 @@ def sort_keys(index_TK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, t
     return key, ((index_TK < -1) | (index_TK >= num_experts)).any()
 
 
-def count_keys(key: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """Choices of each expert, ``[N]`` int64; integer sums, so any order gives the same."""
-    count = torch.zeros(num_experts + 1, dtype=torch.int64, device=key.device)
-    return count.scatter_add_(0, key, torch.ones_like(key))[:num_experts]
-
-
 def deal_locally(key: torch.Tensor, num_experts: int, num_local: int) -> torch.Tensor:
     """Keys that deal the kept choices to the local experts in turn; dropped ones stay dropped.
 

@@ -9,25 +9,29 @@ m copies.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from tamoe.flat import arrangement, dot
+from tamoe.pipeline import run_in_turns
 from tamoe.record import Phase
 from tamoe.relay_route import (
+    Hop,
     Hops,
-    Told,
-    counts_for_ranks,
     num_positions,
     plan_hops,
     positions_to_tell,
+    row_places,
+    source_order,
 )
-from tamoe.relays import Copies, Relays
+from tamoe.relays import Relays
 from tamoe.schedules import Mover
+from tamoe.shares import Share, counts_of_parts
 from tamoe.summation import accumulation_dtype, add_stage, weigh
 
 
@@ -43,12 +47,60 @@ class Weights:
 
 
 @dataclass(frozen=True, eq=False)
+class Part:
+    """Some of a rank's tokens, which travel together while others are on the links."""
+
+    tokens: slice
+    hops: Hops
+    place_R: torch.Tensor  # among the rows of this rank's experts, of each row that arrives
+
+    def dispatch(
+        self, x_TD: torch.Tensor, row_RD: torch.Tensor, mover: Mover
+    ) -> Iterator[list[dist.Work] | None]:
+        """From tokens to rows in the order of this rank's experts."""
+        copy_mD = x_TD[self.tokens]
+        for hop in self.hops.between:
+            rows = copy_mD.index_select(0, hop.copy_m)
+            transfer = mover.transfer(rows, hop.send_splits, hop.receive_splits)
+            for number in range(1, len(mover.nodes)):
+                yield None
+                yield transfer.start(number)
+            copy_mD = torch.cat([copy_mD, transfer.received_RD])
+        hop = self.hops.inside
+        rows = copy_mD.index_select(0, hop.copy_m)
+        transfer = mover.transfer(rows, hop.send_splits, hop.receive_splits)
+        for work in transfer.start(0):
+            work.wait()
+        row_RD.index_copy_(0, self.place_R, transfer.received_RD)
+
+    def combine(
+        self, row_RD: torch.Tensor, out_TD: torch.Tensor, mover: Mover
+    ) -> Iterator[list[dist.Work] | None]:
+        """From rows in the order of this rank's experts to a sum for each token."""
+        hop = self.hops.inside
+        rows = row_RD.index_select(0, self.place_R)
+        transfer = mover.transfer(rows, hop.receive_splits, hop.send_splits)
+        for work in transfer.start(0):
+            work.wait()
+        sum_mD = add_stage(transfer.received_RD, hop.stage)
+        for hop in reversed(self.hops.between):
+            left = len(sum_mD) - hop.num_received
+            transfer = mover.transfer(sum_mD[left:], hop.receive_splits, hop.send_splits)
+            for number in range(1, len(mover.nodes)):
+                yield None
+                yield transfer.start(number)
+            sum_mD = add_stage(torch.cat([sum_mD[:left], transfer.received_RD]), hop.stage)
+        out_TD[self.tokens].index_copy_(0, self.hops.token_m, sum_mD)
+
+
+@dataclass(frozen=True, eq=False)
 class RelayRoute:
     """How the rows of one dispatch travel."""
 
     mover: Mover
     num_tokens: int
-    hops: Hops
+    num_rows: int
+    parts: tuple[Part, ...]
     weights: Weights | None
     _sent: list[torch.Tensor | None]  # the weights as the experts' ranks got them, with the graph
 
@@ -66,43 +118,32 @@ class RelayRoute:
 
     def send(self, x_TD: torch.Tensor, phase: Phase) -> torch.Tensor:
         """From tokens to rows in the order of this rank's experts."""
-        copy_mD = x_TD
-        for hop in self.hops.between:
-            rows = self.mover.move(
-                copy_mD.index_select(0, hop.copy_m), hop.send_splits, hop.receive_splits, phase
-            )
-            copy_mD = torch.cat([copy_mD, rows])
-        hop = self.hops.inside
-        row_RD = self.mover.move(
-            copy_mD.index_select(0, hop.copy_m), hop.send_splits, hop.receive_splits, phase
-        )
-        arrangement_R = self.hops.arrangement_R
-        return row_RD if arrangement_R is None else row_RD.index_select(0, arrangement_R)
+        row_RD = x_TD.new_empty(self.num_rows, x_TD.shape[1])
+        with self.mover.recorded(phase, x_TD, (hop.send_splits for hop in self._hops())):
+            self._run([part.dispatch(x_TD, row_RD, self.mover) for part in self.parts])
+        return row_RD
 
     def send_back(self, row_RD: torch.Tensor, phase: Phase) -> torch.Tensor:
         """From rows in the order of this rank's experts to a sum for each token."""
-        if self.hops.arrangement_R is not None:
-            row_RD = torch.empty_like(row_RD).index_copy_(0, self.hops.arrangement_R, row_RD)
-        hop = self.hops.inside
-        back = self.mover.move(row_RD, hop.receive_splits, hop.send_splits, phase)
-        sum_mD = add_stage(back, hop.stage)
-        for hop in reversed(self.hops.between):
-            left = len(sum_mD) - hop.num_received
-            back = self.mover.move(sum_mD[left:], hop.receive_splits, hop.send_splits, phase)
-            sum_mD = add_stage(torch.cat([sum_mD[:left], back]), hop.stage)
         out_TD = row_RD.new_zeros(self.num_tokens, row_RD.shape[1])
-        return out_TD.index_copy_(0, self.hops.token_m, sum_mD)
+        with self.mover.recorded(phase, row_RD, (hop.receive_splits for hop in self._hops())):
+            self._run([part.combine(row_RD, out_TD, self.mover) for part in self.parts])
+        return out_TD
+
+    def _hops(self) -> Iterator[Hop]:
+        for part in self.parts:
+            yield from (*part.hops.between, part.hops.inside)
+
+    def _run(self, parts: list[Iterator[list[dist.Work] | None]]) -> None:
+        run_in_turns(parts, len(self.parts[0].hops.between), len(self.mover.nodes) - 1)
 
 
 def plan_relays(
     mover: Mover,
     relays: Relays,
-    copies: Copies,
-    position_n: torch.Tensor,
+    shares: Sequence[Share],
     weight_n: torch.Tensor | None,
     dtype: torch.dtype,
-    own_P: Sequence[Told],
-    told_P: Sequence[Told],
 ) -> RelayRoute:
     """Tell the relays which copies go where, and plan both ways.
 
@@ -112,40 +153,43 @@ def plan_relays(
         Moves the rows, in rounds.
     relays
         Who relays.
-    copies, position_n, weight_n
-        Of this rank's tokens; place on the node of its expert and factor of each kept choice,
-        sorted by expert.
+    shares
+        The parts that the tokens travel in.
+    weight_n
+        Factor of each kept choice of all parts, sorted by expert, then by token.
     dtype
         Of the rows.
-    own_P, told_P
-        Counts that this rank told each rank, and that each told it.
     """
-    tell = positions_to_tell(own_P, copies, position_n, relays)
-    message = [block.to(torch.int32) for block in tell]
-    own = relays.nodes[relays.node].index(relays.rank)
-    sent_PE = counts_for_ranks(own_P, relays)
-    received_PE = [told.choices_pE[own] for told in told_P]
-    hear = [num_positions(told, source, relays) for source, told in enumerate(told_P)]
-    width = 0  # words of a weight; their bits travel in the same message as the positions
-    if weight_n is not None:
+    num_ranks, own = len(relays.node_of), relays.nodes[relays.node].index(relays.rank)
+    sent_PE, received_PE = counts_of_parts(shares, relays)
+    pieces_P: list[list[torch.Tensor]] = [[] for _ in range(num_ranks)]
+    sizes_P: list[list[int]] = [[] for _ in range(num_ranks)]
+    for share in shares:
+        tell = positions_to_tell(share.own_P, share.copies, share.position_n, relays)
+        for rank, told in enumerate(share.told_P):
+            pieces_P[rank].append(tell[rank].to(torch.int32))
+            sizes_P[rank].append(num_positions(told, rank, relays))
+    if weight_n is not None:  # their bits travel in the same message as the positions
         wide_n = weight_n.detach().to(accumulation_dtype(dtype))
         width = wide_n.element_size() // 4
         words = wide_n.contiguous().view(torch.int32).split([width * sum(c) for c in sent_PE])
-        message = [torch.cat(pair) for pair in zip(message, words, strict=True)]
-    sizes = [
-        n for pair in zip(hear, received_PE, strict=True) for n in (pair[0], width * sum(pair[1]))
-    ]
+        for rank in range(num_ranks):
+            pieces_P[rank].append(words[rank])
+            sizes_P[rank].append(width * sum(received_PE[rank]))
     heard = replace(mover, schedule="single").move(
-        torch.cat(message).unsqueeze(1),
-        [len(block) for block in message],
-        [sum(pair) for pair in zip(sizes[::2], sizes[1::2], strict=True)],
+        torch.cat([piece for pieces in pieces_P for piece in pieces]).unsqueeze(1),
+        [sum(map(len, pieces)) for pieces in pieces_P],
+        [sum(sizes) for sizes in sizes_P],
         "counts",
     )
-    pieces = heard.squeeze(1).split(sizes)
+    heard_P = [
+        block.split(sizes)
+        for block, sizes in zip(heard.squeeze(1).split([*map(sum, sizes_P)]), sizes_P, strict=True)
+    ]
     weights = None
     if weight_n is not None:
-        place_R = arrangement(list(enumerate(received_PE)), position_n.device)
-        weight_R = torch.cat(pieces[1::2]).view(wide_n.dtype)
+        place_R = arrangement(list(enumerate(received_PE)), heard.device)
+        weight_R = torch.cat([pieces[-1] for pieces in heard_P]).view(wide_n.dtype)
         weights = Weights(
             weight_n,
             weight_R if place_R is None else weight_R[place_R],
@@ -153,8 +197,25 @@ def plan_relays(
             tuple(map(sum, received_PE)),
             place_R,
         )
-    hops = plan_hops(own_P, told_P, copies, position_n, pieces[::2], relays)
-    return RelayRoute(mover, copies.num_tokens, hops, weights, [None])
+    received_cPE = [[told.choices_pE[own] for told in share.told_P] for share in shares]
+    places = row_places(received_cPE, source_order(relays), heard.device)
+    parts = tuple(
+        Part(
+            share.tokens,
+            plan_hops(
+                share.own_P,
+                share.told_P,
+                share.copies,
+                share.position_n,
+                [pieces[number] for pieces in heard_P],
+                relays,
+            ),
+            places[number],
+        )
+        for number, share in enumerate(shares)
+    )
+    num_tokens = sum(share.copies.num_tokens for share in shares)
+    return RelayRoute(mover, num_tokens, sum(map(sum, received_PE)), parts, weights, [None])
 
 
 class _Dispatch(torch.autograd.Function):

@@ -12,21 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
-from tamoe.flat import arrangement
+from tamoe.flat import repeated
 from tamoe.relays import Copies, Relays
+from tamoe.shares import Told, counts_for_ranks
 from tamoe.summation import Stage, plan_stage
-
-
-@dataclass(frozen=True, eq=False)
-class Told:
-    """What one rank tells another about its tokens: counts that concern the other's node."""
-
-    forward_M: Sequence[int]  # copies that the node sends on to each node
-    arrive_M: Sequence[int]  # copies that the node gets from each node
-    choices_pE: Sequence[Sequence[int]]  # rows for the experts of each rank of the node
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,55 +44,9 @@ class Hops:
     between: tuple[Hop, ...]
     inside: Hop
     token_m: torch.Tensor  # token of each sum at the end of the way back
-    arrangement_R: torch.Tensor | None  # place, as received, of each row in expert order
 
 
 # ---- what ranks tell each other ---------------------------------------------------------------
-
-
-def count_words(forward_MM: torch.Tensor, count_N: torch.Tensor, relays: Relays) -> torch.Tensor:
-    """Counts for each rank, ``[P, 2M + E · ranks of the largest node]``: a :class:`Told` each."""
-    num_ranks = len(relays.node_of)
-    node_P = torch.tensor(relays.node_of, device=count_N.device)
-    count_PE = count_N.view(num_ranks, -1)
-    padded = torch.cat([count_PE, torch.zeros_like(count_PE[:1])])
-    widest = max(map(len, relays.nodes))
-    ranks_Mp = torch.tensor(
-        [[*ranks, *[num_ranks] * (widest - len(ranks))] for ranks in relays.nodes],
-        device=count_N.device,
-    )
-    choices_M = padded[ranks_Mp].flatten(1)
-    return torch.cat([forward_MM[node_P], forward_MM.T[node_P], choices_M[node_P]], dim=1)
-
-
-def read_words(
-    sent_PW: Sequence[Sequence[int]],
-    received_PW: Sequence[Sequence[int]],
-    relays: Relays,
-    num_local: int,
-) -> tuple[list[Told], list[Told]]:
-    """What this rank told each rank and what each told it; ``num_local`` is E."""
-    num_nodes = len(relays.nodes)
-
-    def told(words: Sequence[int], node: int) -> Told:
-        choices = words[2 * num_nodes :]
-        return Told(
-            words[:num_nodes],
-            words[num_nodes : 2 * num_nodes],
-            [choices[p * num_local : (p + 1) * num_local] for p in range(len(relays.nodes[node]))],
-        )
-
-    own_P = [told(words, node) for words, node in zip(sent_PW, relays.node_of, strict=True)]
-    return own_P, [told(words, relays.node) for words in received_PW]
-
-
-def counts_for_ranks(own_P: Sequence[Told], relays: Relays) -> list[Sequence[int]]:
-    """Rows of this rank for the experts of each rank, ``[P, E]``."""
-    counts_PE: list[Sequence[int]] = [()] * len(relays.node_of)
-    for ranks in relays.nodes:
-        for rank, counts_E in zip(ranks, own_P[ranks[0]].choices_pE, strict=True):
-            counts_PE[rank] = counts_E
-    return counts_PE
 
 
 def positions_to_tell(
@@ -208,7 +155,7 @@ def plan_hops(
         hop = _hop(level, receive_splits, left_m, onward, relays)
         sums_m = torch.cat([left_m, hop.copy_m])[hop.stage.first_m]
         between.insert(0, hop)
-    return Hops(tuple(between), inside, sums_m, _arrangement(told_P, relays, none.device))
+    return Hops(tuple(between), inside, sums_m)
 
 
 def _hop(
@@ -292,18 +239,46 @@ def _rows_through(relay: int, told_P: Sequence[Told], relays: Relays) -> int:
     )
 
 
-def _arrangement(
-    told_P: Sequence[Told], relays: Relays, device: torch.device
-) -> torch.Tensor | None:
-    """Rows come by relay, then by source and expert; experts want them by expert, then source."""
-    own = relays.nodes[relays.node].index(relays.rank)
-    blocks = [
-        (source, told_P[source].choices_pE[own])
+def source_order(relays: Relays) -> list[int]:
+    """Sources of the rows for this rank's experts, in the order in which a part's rows arrive."""
+    return [
+        source
         for relay in sorted(relays.nodes[relays.node])
         for source in range(len(relays.node_of))
         if relays.relay_PM[source][relays.node] == relay
     ]
-    return arrangement(blocks, device)
+
+
+def row_places(
+    received_cPE: Sequence[Sequence[Sequence[int]]], sources: Sequence[int], device: torch.device
+) -> list[torch.Tensor]:
+    """Place of every arriving row of each part: by expert, then by source, then by part.
+
+    Rows of a part arrive by source, in the order of ``sources``, then by expert.
+
+    Examples
+    --------
+    >>> received_cPE = [[[1, 2]], [[1, 0]]]  # two parts, one source, two experts
+    >>> [place.tolist() for place in row_places(received_cPE, [0], torch.device("cpu"))]
+    [[0, 2, 3], [1]]
+    """
+    num_ranks, num_local = len(received_cPE[0]), len(received_cPE[0][0])
+    start_cPE = [[[0] * num_local for _ in range(num_ranks)] for _ in received_cPE]
+    place = 0
+    for expert in range(num_local):
+        for source in range(num_ranks):
+            for part, counts_PE in enumerate(received_cPE):
+                start_cPE[part][source][expert] = place
+                place += counts_PE[source][expert]
+    places = []
+    for counts_PE, start_PE in zip(received_cPE, start_cPE, strict=True):
+        counts = [counts_PE[source][expert] for source in sources for expert in range(num_local)]
+        starts = [start_PE[source][expert] for source in sources for expert in range(num_local)]
+        begins = [0, *accumulate(counts)]
+        shift = torch.tensor([a - b for a, b in zip(starts, begins, strict=False)], device=device)
+        row_R = torch.arange(sum(counts), device=device)
+        places.append(row_R + shift[repeated(counts, device)])
+    return places
 
 
 def _splits(relays: Relays, rows: dict[int, int]) -> tuple[int, ...]:

@@ -7,7 +7,8 @@ uplink is shared by flows to many nodes: on gloo that keeps slow uplinks fuller.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -56,6 +57,23 @@ class Mover:
     def _near(self) -> frozenset[int]:
         return frozenset(next(ranks for ranks in self.nodes if self.rank in ranks))
 
+    def transfer(
+        self, row_nD: torch.Tensor, send_splits: Sequence[int], receive_splits: Sequence[int]
+    ) -> Transfer:
+        """Rows to be sent in rounds that the caller starts; not recorded."""
+        assert self.group is not None
+        return Transfer(row_nD, send_splits, receive_splits, self.group, self._rounds)
+
+    def recorded(
+        self, phase: Phase, like: torch.Tensor, sends: Iterable[Sequence[int]]
+    ) -> AbstractContextManager[None]:
+        """Record a block that sends rows like ``like``, so many to each rank, as one phase."""
+        row_bytes = like.shape[1] * like.element_size()
+        rows = [sum(column) for column in zip(*sends, strict=True)]
+        away = sum(count for rank, count in enumerate(rows) if rank != self.rank)
+        far = sum(count for rank, count in enumerate(rows) if rank not in self._near)
+        return timed(phase, like.device, away * row_bytes, far * row_bytes)
+
     def move(
         self,
         row_nD: torch.Tensor,
@@ -66,10 +84,7 @@ class Mover:
         """Send rows to every rank; received rows are in order of rank."""
         if self.group is None:
             return row_nD
-        row_bytes = row_nD.shape[1] * row_nD.element_size()
-        away = [rows * row_bytes for rank, rows in enumerate(send_splits) if rank != self.rank]
-        far = [rows * row_bytes for rank, rows in enumerate(send_splits) if rank not in self._near]
-        with timed(phase, row_nD.device, sum(away), sum(far)):
+        with self.recorded(phase, row_nD, [send_splits]):
             if self.schedule == "single":
                 return move_single(row_nD, send_splits, receive_splits, self.group)
             return move_rounds(row_nD, send_splits, receive_splits, self.group, self._rounds)
@@ -127,28 +142,55 @@ def move_rounds(
     (0.92 to 0.96 of the bound with it first, 0.93 to 0.98 so; emulated, gloo, 4x2 at 50 and
     200 Mbit/s).
     """
-    rank = dist.get_rank(group)
-    received_RD = row_nD.new_empty(sum(receive_splits), row_nD.shape[1])
-    outgoing = row_nD.contiguous().split(list(send_splits))
-    incoming = received_RD.split(list(receive_splits))
+    transfer = Transfer(row_nD, send_splits, receive_splits, group, rounds)
+    inside = transfer.start(0)
+    for number in range(1, len(rounds)):
+        for work in transfer.start(number):
+            work.wait()
+    for work in inside:
+        work.wait()
+    return transfer.received_RD
 
-    def start(step: Round) -> list[dist.Work]:
+
+class Transfer:
+    """Rows on their way in rounds, each of which the caller starts and waits for.
+
+    Parameters
+    ----------
+    row_nD
+        Rows sorted by the rank that they go to.
+    send_splits, receive_splits
+        Rows for each rank and from each rank.
+    group, rounds
+        The ranks, and the rounds of this one.
+    """
+
+    def __init__(
+        self,
+        row_nD: torch.Tensor,
+        send_splits: Sequence[int],
+        receive_splits: Sequence[int],
+        group: dist.ProcessGroup,
+        rounds: Sequence[Round],
+    ) -> None:
+        self.received_RD = row_nD.new_empty(sum(receive_splits), row_nD.shape[1])
+        self._group, self._rounds = group, rounds
+        self._outgoing = row_nD.contiguous().split(list(send_splits))
+        self._incoming = self.received_RD.split(list(receive_splits))
+
+    def start(self, number: int) -> list[dist.Work]:
+        """Start a round; round 0 also copies the rows that this rank keeps."""
+        step = self._rounds[number]
+        if number == 0:
+            rank = dist.get_rank(self._group)
+            self._incoming[rank].copy_(self._outgoing[rank])
         transfers = [
-            *((dist.irecv, incoming[peer], peer) for peer in step.sources),
-            *((dist.isend, outgoing[peer], peer) for peer in step.targets),
+            *((dist.irecv, self._incoming[peer], peer) for peer in step.sources),
+            *((dist.isend, self._outgoing[peer], peer) for peer in step.targets),
         ]
         operations = [
-            dist.P2POp(call, rows, group=group, group_peer=peer)
+            dist.P2POp(call, rows, group=self._group, group_peer=peer)
             for call, rows, peer in transfers
             if rows.numel()
         ]
         return dist.batch_isend_irecv(operations) if operations else []
-
-    inside = start(rounds[0])
-    incoming[rank].copy_(outgoing[rank])
-    for step in rounds[1:]:
-        for work in start(step):
-            work.wait()
-    for work in inside:
-        work.wait()
-    return received_RD

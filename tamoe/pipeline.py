@@ -1,0 +1,64 @@
+"""Keeps the links between nodes busy while ranks work on what has arrived.
+
+The parts of an exchange take turns on the slow links. Each is a generator that yields None when it
+has rows ready for its next round between nodes, and then, when it is resumed, the transfers of that
+round. While one part's round is under way, the part before it copies, adds up and moves rows inside
+its node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch.distributed as dist
+
+Part = Iterator[list[dist.Work] | None]
+
+
+def turns(num_parts: int, num_hops: int) -> list[int]:
+    """Whose hop is next on the slow links; a part's own hops are never next to each other.
+
+    >>> turns(3, 1), turns(3, 2)
+    ([0, 1, 2], [0, 1, 2, 0, 1, 2])
+    """
+    slots = [(part + 2 * hop, hop, part) for part in range(num_parts) for hop in range(num_hops)]
+    return [part for _, _, part in sorted(slots)]
+
+
+def run_in_turns(parts: Sequence[Part], num_hops: int, num_rounds: int) -> None:
+    """Run every part to its end, one round of one part between nodes at a time.
+
+    Parameters
+    ----------
+    parts
+        Generators as described above; all ranks have equally many.
+    num_hops
+        Hops between nodes of each part.
+    num_rounds
+        Rounds of each hop.
+    """
+    ready: set[int] = set()
+
+    def prepare(part: int) -> None:
+        """Let a part work until its next rows are ready, or it is done."""
+        if part not in ready:
+            ready.add(part)
+            next(parts[part], None)
+
+    order = turns(len(parts), num_hops)
+    arrived: int | None = None
+    for turn, part in enumerate(order):
+        for _ in range(num_rounds):
+            prepare(part)
+            ready.discard(part)
+            works = next(parts[part]) or []
+            if arrived is not None and arrived != part:
+                prepare(arrived)
+            if turn + 1 < len(order) and order[turn + 1] != part:
+                prepare(order[turn + 1])
+            for work in works:
+                work.wait()
+        arrived = part
+    for rest in parts:
+        for _ in rest:
+            pass

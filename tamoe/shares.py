@@ -1,0 +1,168 @@
+"""The parts that a rank's tokens travel in, and what ranks tell each other about them.
+
+One message of counts serves all parts, since the host waits for it.
+
+Shape suffixes: T tokens, K choices, N experts, M nodes, P ranks, E experts of a rank, W counts for
+a rank, n choices that were not dropped.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tamoe.relays import Copies, Relays, list_copies, plan_forwarding
+
+
+@dataclass(frozen=True, eq=False)
+class Told:
+    """What one rank tells another about its tokens: counts that concern the other's node."""
+
+    forward_M: Sequence[int]  # copies that the node sends on to each node
+    arrive_M: Sequence[int]  # copies that the node gets from each node
+    choices_pE: Sequence[Sequence[int]]  # rows for the experts of each rank of the node
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """A part: its tokens, and what this rank and the others told about theirs."""
+
+    tokens: slice
+    copies: Copies
+    position_n: torch.Tensor  # place on the node of its expert of each choice, sorted by expert
+    own_P: Sequence[Told]
+    told_P: Sequence[Told]
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """A rank's choices, cut into parts of about as many tokens."""
+
+    tokens: tuple[slice, ...]
+    keys: tuple[torch.Tensor, ...]  # expert of each choice of a part, N where it was dropped
+    top_k: int
+    num_local: int  # experts E of a rank
+    node_N: torch.Tensor  # node of each expert; M at N
+
+
+def cut_tokens(
+    key: torch.Tensor, top_k: int, num_local: int, num_parts: int, relays: Relays
+) -> Cut:
+    """Cut the tokens of a rank into parts.
+
+    Examples
+    --------
+    >>> from tamoe.relays import make_relays
+    >>> key = torch.tensor([0, 1, 1, 0, 2, 2])
+    >>> cut_tokens(key, 2, 1, 2, make_relays(0, ((0, 1),), ())).tokens
+    (slice(0, 1, None), slice(1, 3, None))
+    """
+    num_tokens = len(key) // top_k
+    bounds = [num_tokens * part // num_parts for part in range(num_parts + 1)]
+    nodes = [node for node in relays.node_of for _ in range(num_local)]
+    return Cut(
+        tuple(slice(a, b) for a, b in itertools.pairwise(bounds)),
+        key.tensor_split([top_k * bound for bound in bounds[1:-1]]),
+        top_k,
+        num_local,
+        torch.tensor([*nodes, len(relays.nodes)], device=key.device),
+    )
+
+
+def describe_parts(cut: Cut, relays: Relays) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Counts to tell each rank, ``[P, W]``, and the forwarding trees of each part."""
+    words, parents = [], []
+    for tokens, key in zip(cut.tokens, cut.keys, strict=True):
+        node_key = cut.node_N[key]
+        parent_TM, forward_MM = plan_forwarding(node_key, tokens.stop - tokens.start, relays)
+        num_experts = cut.num_local * len(relays.node_of)
+        words.append(count_words(forward_MM, count_keys(key, num_experts), relays))
+        parents.append(parent_TM)
+    return torch.cat(words, 1), parents
+
+
+def make_shares(
+    cut: Cut,
+    parents: Sequence[torch.Tensor],
+    sent_PW: Sequence[Sequence[int]],
+    received_PW: Sequence[Sequence[int]],
+    relays: Relays,
+) -> list[Share]:
+    """The parts, once the counts of all ranks are known."""
+    size = len(sent_PW[0]) // len(cut.tokens)
+    shares = []
+    for part, (tokens, key) in enumerate(zip(cut.tokens, cut.keys, strict=True)):
+        words = slice(part * size, (part + 1) * size)
+        own_P = [
+            _read(row[words], node, relays, cut.num_local)
+            for row, node in zip(sent_PW, relays.node_of, strict=True)
+        ]
+        told_P = [_read(row[words], relays.node, relays, cut.num_local) for row in received_PW]
+        forward_MM = [own_P[ranks[0]].forward_M for ranks in relays.nodes]
+        copies = list_copies(parents[part], forward_MM)
+        num_kept = sum(map(sum, counts_for_ranks(own_P, relays)))
+        choice_n = torch.argsort(key, stable=True)[:num_kept]
+        position_n = copies.position_TM[choice_n // cut.top_k, cut.node_N[key[choice_n]]]
+        shares.append(Share(tokens, copies, position_n, own_P, told_P))
+    return shares
+
+
+def counts_of_parts(
+    shares: Sequence[Share], relays: Relays
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Rows of all parts for the experts of each rank, and from each rank for those of this one."""
+    own = relays.nodes[relays.node].index(relays.rank)
+    return (
+        _added([counts_for_ranks(share.own_P, relays) for share in shares]),
+        _added([[told.choices_pE[own] for told in share.told_P] for share in shares]),
+    )
+
+
+def _added(counts_cPE: Sequence[Sequence[Sequence[int]]]) -> list[list[int]]:
+    return [
+        [sum(column) for column in zip(*rows, strict=True)]
+        for rows in zip(*counts_cPE, strict=True)
+    ]
+
+
+def count_words(forward_MM: torch.Tensor, count_N: torch.Tensor, relays: Relays) -> torch.Tensor:
+    """Counts for each rank, ``[P, 2M + E · ranks of the largest node]``: a :class:`Told` each."""
+    num_ranks = len(relays.node_of)
+    node_P = torch.tensor(relays.node_of, device=count_N.device)
+    count_PE = count_N.view(num_ranks, -1)
+    padded = torch.cat([count_PE, torch.zeros_like(count_PE[:1])])
+    widest = max(map(len, relays.nodes))
+    ranks_Mp = torch.tensor(
+        [[*ranks, *[num_ranks] * (widest - len(ranks))] for ranks in relays.nodes],
+        device=count_N.device,
+    )
+    choices_M = padded[ranks_Mp].flatten(1)
+    return torch.cat([forward_MM[node_P], forward_MM.T[node_P], choices_M[node_P]], dim=1)
+
+
+def _read(words: Sequence[int], node: int, relays: Relays, num_local: int) -> Told:
+    num_nodes = len(relays.nodes)
+    choices = words[2 * num_nodes :]
+    return Told(
+        words[:num_nodes],
+        words[num_nodes : 2 * num_nodes],
+        [choices[p * num_local : (p + 1) * num_local] for p in range(len(relays.nodes[node]))],
+    )
+
+
+def counts_for_ranks(own_P: Sequence[Told], relays: Relays) -> list[Sequence[int]]:
+    """Rows of this rank for the experts of each rank, ``[P, E]``."""
+    counts_PE: list[Sequence[int]] = [()] * len(relays.node_of)
+    for ranks in relays.nodes:
+        for rank, counts_E in zip(ranks, own_P[ranks[0]].choices_pE, strict=True):
+            counts_PE[rank] = counts_E
+    return counts_PE
+
+
+def count_keys(key: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Choices of each expert, ``[N]`` int64; integer sums, so any order gives the same."""
+    count = torch.zeros(num_experts + 1, dtype=torch.int64, device=key.device)
+    return count.scatter_add_(0, key, torch.ones_like(key))[:num_experts]
