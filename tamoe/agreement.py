@@ -99,7 +99,7 @@ def exchange_counts(
     _require_equal([row[:HEADER_WORDS] for row in words], header.problem, bool(host[-1]))
     received_PW = [row[HEADER_WORDS : HEADER_WORDS + inline] for row in words]
     if num_counts > inline:
-        rest = count_PW[:, inline:].contiguous()
+        rest = count_PW[:, inline:].to(torch.int32)  # rows of one rank, so that they fit
         answer = torch.empty_like(rest)
         dist.all_to_all_single(answer, rest, group=group)
         tails = answer.tolist()

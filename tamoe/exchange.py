@@ -17,10 +17,9 @@ from tamoe.groups import group_rank, group_size, process_group
 from tamoe.handle import Handle, deal_locally, input_problem, sort_keys
 from tamoe.hierarchical import RelayRoute, plan_relays
 from tamoe.record import note_counts, timed
-from tamoe.relays import make_relays
 from tamoe.schedules import Mover, Schedule
 from tamoe.shares import count_keys, counts_of_parts, cut_tokens, describe_parts, make_shares
-from tamoe.summation import sum_groups
+from tamoe.solver.relays import make_relays, sum_groups
 from tamoe.topology.errors import InputError, whole
 
 if TYPE_CHECKING:

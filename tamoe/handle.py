@@ -52,6 +52,11 @@ def input_problem(
             f"expert_index_TK has shape {tuple(index_TK.shape)}; allowed: [{len(x_TD)}, K], a row "
             f"for each token and K >= 1"
         )
+    if index_TK.numel() >= 2**31:
+        return (
+            f"expert_index_TK has {index_TK.numel()} choices; allowed: fewer than 2^31 in one "
+            f"dispatch, since ranks count rows in 32 bits. Split the tokens"
+        )
     if index_TK.dtype not in INDEX_DTYPES:
         return f"expert_index_TK is {index_TK.dtype}; allowed: int64, int32, int16, int8"
     if weight_TK is not None:

@@ -29,9 +29,9 @@ from tamoe.relay_route import (
     row_places,
     source_order,
 )
-from tamoe.relays import Relays
 from tamoe.schedules import Mover
 from tamoe.shares import Share, counts_of_parts
+from tamoe.solver.relays import Relays
 from tamoe.summation import accumulation_dtype, add_stage, weigh
 
 

@@ -17,8 +17,9 @@ from itertools import accumulate
 import torch
 
 from tamoe.flat import repeated
-from tamoe.relays import Copies, Relays
+from tamoe.relays import Copies
 from tamoe.shares import Told, counts_for_ranks
+from tamoe.solver.relays import Relays
 from tamoe.summation import Stage, plan_stage
 
 

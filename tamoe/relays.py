@@ -1,9 +1,4 @@
-"""Which ranks pass a token on, so that it crosses the links of each node and switch once.
-
-A token leaves its rank once for every group of nodes (highest switches first) that hosts one of
-its experts, with one copy. In each group it lands on a node that hosts one, and is copied from
-there to the others. On a node it lands on the rank with the local index of the token's own rank
-(rail-aligned), which passes it on to the ranks of its experts. Sums travel the same way back.
+"""Forwarding trees: from which node a token's copy comes to each node that hosts its experts.
 
 Shape suffixes: T tokens, M nodes, P ranks, n choices that were not dropped.
 """
@@ -16,74 +11,7 @@ from itertools import accumulate
 
 import torch
 
-from tamoe.schedules import Nodes
-
-
-@dataclass(frozen=True, eq=False)
-class Relays:
-    """The static part: who relays for whom, as one rank sees it.
-
-    Parameters
-    ----------
-    rank
-        This rank.
-    nodes
-        Ranks of each node.
-    groups
-        Group of each rank at each level of the sum, from :func:`tamoe.summation.sum_groups`.
-    """
-
-    rank: int
-    nodes: Nodes
-    groups: tuple[tuple[int, ...], ...]
-    node: int  # of this rank
-    node_of: tuple[int, ...]
-    group_LM: tuple[tuple[int, ...], ...]  # group of each node at each level
-    relay_PM: tuple[tuple[int, ...], ...]  # rank that relays tokens of a rank on a node
-    served: tuple[int, ...]  # ranks whose tokens this rank relays on its node, itself among them
-
-    @property
-    def num_levels(self) -> int:
-        """Hops between nodes; one more stays inside the node."""
-        return len(self.groups)
-
-    def level(self, node: int, other: int) -> int:
-        """Hop that connects two nodes: 1 for nodes of one lowest switch, 0 for the same node."""
-        return sum(group_M[node] != group_M[other] for group_M in self.group_LM)
-
-
-def make_relays(rank: int, nodes: Nodes, groups: Sequence[Sequence[int]]) -> Relays:
-    """Work out who relays for whom.
-
-    Examples
-    --------
-    >>> relays = make_relays(0, ((0, 1, 2), (3, 4)), ((0, 0, 0, 1, 1),))
-    >>> relays.relay_PM  # ranks 0 and 2 share rank 3 as their relay on the second node
-    ((0, 3), (1, 4), (2, 3), (0, 3), (1, 4))
-    >>> make_relays(3, ((0, 1, 2), (3, 4)), ((0, 0, 0, 1, 1),)).served
-    (0, 2, 3)
-    """
-    num_ranks = sum(map(len, nodes))
-    node_of = [0] * num_ranks
-    local_of = [0] * num_ranks
-    for number, ranks in enumerate(nodes):
-        for local, member in enumerate(ranks):
-            node_of[member], local_of[member] = number, local
-    relay_PM = tuple(
-        tuple(ranks[local_of[source] % len(ranks)] for ranks in nodes)
-        for source in range(num_ranks)
-    )
-    node = node_of[rank]
-    return Relays(
-        rank=rank,
-        nodes=nodes,
-        groups=tuple(tuple(group) for group in groups),
-        node=node,
-        node_of=tuple(node_of),
-        group_LM=tuple(tuple(group[ranks[0]] for ranks in nodes) for group in groups),
-        relay_PM=relay_PM,
-        served=tuple(s for s in range(num_ranks) if relay_PM[s][node] == rank),
-    )
+from tamoe.solver.relays import Relays
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +49,7 @@ def plan_forwarding(
 
     Examples
     --------
+    >>> from tamoe.solver.relays import make_relays
     >>> relays = make_relays(0, ((0,), (1,), (2,)), ((0, 1, 2), (0, 1, 1)))
     >>> parent_TM, forward_MM = plan_forwarding(torch.tensor([1, 2, 2, 3]), 2, relays)
     >>> parent_TM.tolist()  # token 0 goes to node 1 and from there on to node 2

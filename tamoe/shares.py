@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from tamoe.relays import Copies, Relays, list_copies, plan_forwarding
+from tamoe.relays import Copies, list_copies, plan_forwarding
+from tamoe.solver.relays import Relays
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +56,7 @@ def cut_tokens(
 
     Examples
     --------
-    >>> from tamoe.relays import make_relays
+    >>> from tamoe.solver.relays import make_relays
     >>> key = torch.tensor([0, 1, 1, 0, 2, 2])
     >>> cut_tokens(key, 2, 1, 2, make_relays(0, ((0, 1),), ())).tokens
     (slice(0, 1, None), slice(1, 3, None))

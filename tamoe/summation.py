@@ -16,8 +16,6 @@ from dataclasses import dataclass
 
 import torch
 
-from tamoe.topology.graph import Topology
-
 
 @dataclass(frozen=True, eq=False)
 class Stage:
@@ -49,42 +47,6 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def sum_groups(topology: Topology | None) -> tuple[tuple[int, ...], ...]:
-    """Group of each rank at each level of the sum: nodes, then the switches above them.
-
-    The level that holds all ranks in one group is left out: it is the sum itself.
-
-    Examples
-    --------
-    >>> sum_groups(Topology.from_tree([[2, 1], [1]], bandwidth_bytes_per_s=(4.0, 2.0, 1.0)))
-    ((0, 0, 1, 2), (0, 0, 0, 1))
-    >>> sum_groups(None)
-    ()
-    """
-    if topology is None:
-        return ()
-    leaders = [ranks[0] for ranks in topology.nodes]
-    level_of = [[topology.level(i, j) for j in leaders] for i in leaders]
-    highest = max(max(row) for row in level_of)
-    groups = [tuple(range(len(leaders)))]
-    groups += [_connected(level_of, level) for level in range(1, highest)]
-    by_rank = [tuple(of_node[node] for node in topology.node_of) for of_node in groups]
-    distinct = dict.fromkeys(by_rank)
-    return tuple(group for group in distinct if len(set(group)) > 1)
-
-
-def _connected(level_of: Sequence[Sequence[int]], highest: int) -> tuple[int, ...]:
-    """Number of each node's group when links up to a level are there; by first node."""
-    group = list(range(len(level_of)))
-    for i, row in enumerate(level_of):
-        for j, level in enumerate(row):
-            if level <= highest and group[i] != group[j]:
-                old, new = max(group[i], group[j]), min(group[i], group[j])
-                group = [new if g == old else g for g in group]
-    number = {g: index for index, g in enumerate(sorted(set(group)))}
-    return tuple(number[g] for g in group)
-
-
 def plan_sum(
     token_n: torch.Tensor,
     rank_n: torch.Tensor,
@@ -100,7 +62,7 @@ def plan_sum(
     num_tokens
         Tokens T; those without a row sum to zero.
     groups
-        Group of each rank at each level, from :func:`sum_groups`.
+        Group of each rank at each level, from :func:`tamoe.solver.relays.sum_groups`.
 
     Examples
     --------

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from tamoe.agreement import INLINE_COUNTS
 from tamoe.exchange import Exchange
+from tamoe.handle import input_problem
 from tamoe.record import record_exchanges
 from tamoe.topology import InputError, Topology, run_ranks
 
@@ -87,6 +88,14 @@ def test_bad_input_is_named(change, match):
         Exchange().dispatch(
             given["x"], given["index"], given["weight"], num_experts=given["num_experts"]
         )
+
+
+def test_more_choices_than_32_bits_count_are_refused():
+    x_TD = torch.empty(2**30, 1, device="meta")
+    problem = input_problem(
+        x_TD, torch.empty(2**30, 2, dtype=torch.int8, device="meta"), None, 1, 1
+    )
+    assert problem is not None and "2147483648 choices; allowed: fewer than 2^31" in problem
 
 
 def test_bad_construction_is_named():

@@ -11,8 +11,9 @@ import torch.distributed as dist
 
 from tamoe.exchange import Exchange
 from tamoe.flat import dot
-from tamoe.relays import list_copies, make_relays, plan_forwarding
-from tamoe.summation import add_up, plan_sum, sum_groups, weigh
+from tamoe.relays import list_copies, plan_forwarding
+from tamoe.solver.relays import make_relays, sum_groups
+from tamoe.summation import add_up, plan_sum, weigh
 from tamoe.topology import Topology, run_ranks
 from tamoe.topology.tree import parse_tree, tree_depth
 

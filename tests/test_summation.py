@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from tamoe.schedules import rounds_of
-from tamoe.summation import add_up, plan_sum, sum_groups, weigh
+from tamoe.solver.relays import sum_groups
+from tamoe.summation import add_up, plan_sum, weigh
 from tamoe.topology import Topology
 
 

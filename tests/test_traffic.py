@@ -1,0 +1,129 @@
+"""Bytes on the links are those of the model: received by each node's interface, emulated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from tamoe.exchange import Exchange
+from tamoe.relays import plan_forwarding
+from tamoe.solver.relays import make_relays, sum_groups
+from tamoe.solver.traffic import flat_rows, hierarchical_rows, told_bytes
+from tamoe.topology import Topology
+from tamoe.topology.netns import interface_bytes
+from tamoe.topology.ranks import run_ranks_with_report
+from tamoe.topology.tree import parse_tree, tree_depth
+
+TOP_K, HIDDEN = 8, 512
+EXPERTS = {"2x4": 64, "4x2": 64, "[[2,2],[2]]": 60}
+
+
+def tree(shape: str) -> Topology:
+    levels = 1 + tree_depth(parse_tree(shape))
+    return Topology.from_tree(shape, bandwidth_bytes_per_s=[1e9] * levels)
+
+
+def routing(shape: str, rank: int, tokens: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(rank)
+    return torch.rand(tokens, EXPERTS[shape], generator=generator).argsort(1)[:, :TOP_K]
+
+
+def traffic(rank: int, shape: str, tokens: int) -> dict[str, list[int]]:
+    """Bytes that this rank's node received in each direction of each exchange."""
+    topology, index_TK = tree(shape), routing(shape, rank, tokens)
+    x_TD = torch.randn(tokens, HIDDEN)
+    weight_TK = torch.rand(index_TK.shape)
+    seen: dict[str, list[int]] = {}
+
+    def counted(name: str, call: Any) -> Any:
+        dist.barrier()
+        before = interface_bytes()[0]
+        dist.barrier()
+        result = call()
+        dist.barrier()
+        moved = interface_bytes()[0] - before
+        dist.barrier()
+        seen.setdefault(name, []).append(moved)
+        return result
+
+    for kind in ("flat", "hierarchical"):
+        exchange = Exchange(topology, kind=kind)  # type: ignore[arg-type]
+        for _ in range(2):  # the first connects pairs
+            counted("idle", lambda: None)
+            row_RD, handle = counted(
+                f"{kind} dispatch",
+                lambda e=exchange: e.dispatch(
+                    x_TD, index_TK, weight_TK, num_experts=EXPERTS[shape]
+                ),
+            )
+            counted(f"{kind} combine", lambda e=exchange, r=row_RD, h=handle: e.combine(r, h))
+    return seen
+
+
+def model(shape: str, tokens: int) -> dict[str, np.ndarray]:
+    """Payload bytes that each node receives, counts aside."""
+    topology = tree(shape)
+    rank_of_N = np.repeat(np.arange(topology.num_ranks), EXPERTS[shape] // topology.num_ranks)
+    node_of_N = torch.tensor([topology.node_of[rank] for rank in rank_of_N])
+    counts_PN = np.zeros((topology.num_ranks, EXPERTS[shape]))
+    forward_PMM = np.zeros((topology.num_ranks, len(topology.nodes), len(topology.nodes)))
+    for rank in range(topology.num_ranks):
+        index_TK = routing(shape, rank, tokens)
+        counts_PN[rank] = torch.bincount(index_TK.flatten(), minlength=EXPERTS[shape]).numpy()
+        relays = make_relays(rank, topology.nodes, sum_groups(topology))
+        key_n = node_of_N[index_TK].flatten()
+        forward_PMM[rank] = plan_forwarding(key_n, tokens, relays)[1].numpy()
+    node_of = np.array(topology.node_of)
+    crosses_PP = node_of[:, None] != node_of
+    flat_PP = flat_rows(counts_PN, rank_of_N)
+    given = (topology, counts_PN, forward_PMM, rank_of_N)
+    hops_PP = np.sum(hierarchical_rows(*given), axis=0)
+    row_bytes = HIDDEN * 4
+    moved = {
+        "flat dispatch": flat_PP * row_bytes,
+        "flat combine": flat_PP.T * row_bytes,
+        "hierarchical dispatch": hops_PP * row_bytes + told_bytes(*given),
+        "hierarchical combine": hops_PP.T * row_bytes,
+    }
+    return {
+        name: np.bincount(node_of, weights=(bytes_PP * crosses_PP).sum(0))
+        for name, bytes_PP in moved.items()
+    }
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize(
+    ("shape", "rates", "tokens", "saved"),
+    [
+        ("2x4", "400mbit", 600, 3.5),
+        ("4x2", "400mbit", 900, 2.0),
+        ("[[2,2],[2]]", "400mbit,400mbit", 1100, None),
+    ],
+)
+def test_received_bytes_are_those_of_the_model(
+    shape: str, rates: str, tokens: int, saved: float | None
+) -> None:
+    run = run_ranks_with_report(f"{shape}:{rates}", traffic, shape, tokens, timeout_s=200)
+    assert run.network is not None and run.network.dropped_packets == 0
+    topology, wanted = tree(shape), model(shape, tokens)
+    received = {}
+    for name, bytes_M in wanted.items():
+        seen_M = np.array(
+            [
+                run.results[ranks[0]][name][-1] - min(run.results[ranks[0]]["idle"])
+                for ranks in topology.nodes
+            ]
+        )
+        received[name] = seen_M
+        assert bytes_M.min() >= 4e6
+        # Frames add .2 to .6 %, counts some more to a dispatch.
+        assert (np.abs(seen_M / bytes_M - 1) < 0.02).all(), (name, seen_M / bytes_M)
+    if saved is not None:
+        for direction in ("dispatch", "combine"):
+            ratio = received[f"flat {direction}"] / received[f"hierarchical {direction}"]
+            assert (ratio >= saved).all(), ratio
+    print({name: (received[name] / bytes_M).round(4).tolist() for name, bytes_M in wanted.items()})
