@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from tamoe.routing import Routing as Routing
     from tamoe.topology.errors import (
         EmulationError as EmulationError,
+        ExchangeError as ExchangeError,
         InfeasibleError as InfeasibleError,
         InputError as InputError,
         ProbeError as ProbeError,
@@ -47,6 +48,7 @@ _HOME = {
     "DenseGradients": "parallel",
     "EmulationError": "topology.errors",
     "Exchange": "exchange",
+    "ExchangeError": "topology.errors",
     "GShardGate": "gates",
     "InfeasibleError": "topology.errors",
     "InputError": "topology.errors",

@@ -15,10 +15,11 @@ import torch.distributed as dist
 
 from tamoe.schedules import Nodes
 from tamoe.topology.errors import InputError
+from tamoe.waiting import Patience
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Headers travel in a message of fixed size: ranks that disagree on the number of experts must
-# still be able to read each other. Up to 56 counts for a peer fit in beside the header; further
+# still be able to read each other. Up to 55 counts for a peer fit in beside the header; further
 # ones follow in a second message, whose size is agreed on by then.
 MESSAGE_WORDS = 64
 _FIELDS = ("dtype", "hidden_size", "top_k", "num_experts", "requires_grad", "weight_TK", "exchange")
@@ -26,7 +27,7 @@ _FIELDS = ("dtype", "hidden_size", "top_k", "num_experts", "requires_grad", "wei
 
 @dataclass(frozen=True)
 class Header:
-    """What must be equal on all ranks; ``problem`` is this rank's reason to refuse, if any."""
+    """What must be equal on all ranks, and tokens T; ``problem``: this rank's reason to refuse."""
 
     dtype: torch.dtype
     hidden_size: int
@@ -35,6 +36,7 @@ class Header:
     requires_grad: bool
     weighted: int  # 0: no weights, 1: weights, 2: weights whose gradient has to travel
     layout: int
+    num_tokens: int  # need not be equal
     problem: str | None = None
 
     def words(self) -> list[int]:
@@ -42,10 +44,10 @@ class Header:
         dtype = DTYPES.index(self.dtype) if self.dtype in DTYPES else -1
         sizes = [self.hidden_size, self.top_k, self.num_experts]
         flags = [int(self.requires_grad), self.weighted]
-        return [int(self.problem is not None), dtype, *sizes, *flags, self.layout]
+        return [int(self.problem is not None), dtype, *sizes, *flags, self.layout, self.num_tokens]
 
 
-HEADER_WORDS = 1 + len(_FIELDS)
+HEADER_WORDS = 2 + len(_FIELDS)
 INLINE_COUNTS = MESSAGE_WORDS - HEADER_WORDS
 
 
@@ -59,7 +61,8 @@ def exchange_counts(
     count_PW: torch.Tensor,
     refused: torch.Tensor,
     group: dist.ProcessGroup,
-) -> tuple[list[list[int]], list[list[int]]]:
+    patience: Patience,
+) -> tuple[list[list[int]], list[list[int]], list[int]]:
     """Tell every rank the counts that it has to know; learn from all what this rank has to know.
 
     One round trip to the host, two beyond :data:`INLINE_COUNTS` counts for a rank.
@@ -75,11 +78,13 @@ def exchange_counts(
         read brings everything to the host.
     group
         The ranks.
+    patience
+        How long to wait for them.
 
     Returns
     -------
-    sent_PW, received_PW
-        Counts told to each rank and by each rank.
+    sent_PW, received_PW, tokens_P
+        Counts told to each rank and by each rank; tokens of each rank.
 
     Raises
     ------
@@ -92,19 +97,25 @@ def exchange_counts(
     message[:, :HEADER_WORDS] = torch.tensor(header.words(), device=count_PW.device)
     message[:, 0] += refused.to(torch.int64)
     message[:, HEADER_WORDS : HEADER_WORDS + inline] = count_PW[:, :inline]
-    answer = torch.empty_like(message)
-    dist.all_to_all_single(answer, message, group=group)
+    answer = _swapped(message, group, patience)
     host = torch.cat([answer.flatten(), count_PW.flatten(), message[:1, 0]]).tolist()
     words = _rows(host[: num_ranks * MESSAGE_WORDS], MESSAGE_WORDS)
     _require_equal([row[:HEADER_WORDS] for row in words], header.problem, bool(host[-1]))
     received_PW = [row[HEADER_WORDS : HEADER_WORDS + inline] for row in words]
     if num_counts > inline:
         rest = count_PW[:, inline:].to(torch.int32)  # rows of one rank, so that they fit
-        answer = torch.empty_like(rest)
-        dist.all_to_all_single(answer, rest, group=group)
-        tails = answer.tolist()
+        tails = _swapped(rest, group, patience).tolist()
         received_PW = [row + tail for row, tail in zip(received_PW, tails, strict=True)]
-    return _rows(host[num_ranks * MESSAGE_WORDS : -1], num_counts), received_PW
+    tokens_P = [row[HEADER_WORDS - 1] for row in words]
+    return _rows(host[num_ranks * MESSAGE_WORDS : -1], num_counts), received_PW, tokens_P
+
+
+def _swapped(message: torch.Tensor, group: dist.ProcessGroup, patience: Patience) -> torch.Tensor:
+    answer = torch.empty_like(message)
+    work = dist.all_to_all_single(answer, message, group=group, async_op=True)
+    others = tuple(rank for rank in range(len(message)) if rank != dist.get_rank(group))
+    patience.wait([(work, others)], "counts, all ranks at once")
+    return answer
 
 
 def _rows(values: list[int], size: int) -> list[list[int]]:

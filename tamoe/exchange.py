@@ -21,6 +21,7 @@ from tamoe.schedules import Mover, Schedule
 from tamoe.shares import count_keys, counts_of_parts, cut_tokens, describe_parts, make_shares
 from tamoe.solver.relays import make_relays, sum_groups
 from tamoe.topology.errors import InputError, whole
+from tamoe.waiting import Patience
 
 if TYPE_CHECKING:
     from tamoe.groups import Group
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 Kind = Literal["auto", "flat", "hierarchical", "none"]
 KINDS: tuple[Kind, ...] = ("auto", "flat", "hierarchical", "none")
+# Parts cost messages, so a rank's tokens are cut only into parts of a size that hides them.
+PART_BYTES = 2**18
+MOST_PARTS = 4
 _Planned = tuple[FlatRoute | RelayRoute, list[int], list[list[int]]]
 
 
@@ -40,7 +44,7 @@ class Exchange:
     depend on kind or schedule. A row is multiplied by its weight and rounded to the rows' dtype
     before it is added.
 
-    A dispatch needs one host round trip for counts, two where a rank has to be told more than 56
+    A dispatch needs one host round trip for counts, two where a rank has to be told more than 55
     (flat: the experts of a rank; hierarchical: those of a node, and twice the nodes); combine and
     the backward passes need none. All ranks must call dispatch and combine, and run backward,
     equally often and in the same order, also ranks without tokens.
@@ -65,12 +69,19 @@ class Exchange:
         hierarchical exchange always goes in rounds.
     chunks
         Parts, >= 1, that the tokens of a hierarchical exchange travel in: while one crosses the
-        links between nodes, the one before is worked on inside them.
+        links between nodes, the one before is worked on inside them. ``"auto"``: as many as suit
+        the tokens of the dispatch before, 1 for the first. Results do not depend on it.
+    timeout_s
+        Seconds, > 0, that a rank waits for others before it raises; None: the group's timeout.
 
     Raises
     ------
     InputError
-        Unknown kind or schedule, or a topology with another number of ranks than the group.
+        Unknown kind or schedule, a number out of range, or a topology with another number of ranks
+        than the group.
+    ExchangeError
+        In dispatch, combine and backward: a rank died or did not answer in time. The message names
+        the exchange, the hop and the peers.
 
     Examples
     --------
@@ -91,13 +102,14 @@ class Exchange:
         group: Group = None,
         kind: Kind = "auto",
         schedule: Schedule | Literal["auto"] = "auto",
-        chunks: int = 4,
+        chunks: int | Literal["auto"] = "auto",
+        timeout_s: float | None = None,
     ) -> None:
         if kind not in KINDS:
             raise InputError(f"kind is {kind!r}; allowed: {', '.join(map(repr, KINDS))}")
         if schedule not in ("auto", "single", "rounds"):
             raise InputError(f"schedule is {schedule!r}; allowed: 'auto', 'single', 'rounds'")
-        self.chunks = whole("chunks", chunks, 1)
+        self.chunks = chunks if chunks == "auto" else whole("chunks", chunks, 1)
         given: Any = topology_or_plan
         topology: Topology | None = getattr(given, "topology", given)
         self.group = process_group(group)
@@ -121,11 +133,13 @@ class Exchange:
         if self.kind == "hierarchical":
             self.schedule = "rounds"
         moves = self.group if self.kind != "none" else None
-        self._mover = Mover(moves, self.nodes, self.rank, self.schedule)
+        patience = Patience(f"{self.kind} exchange", _checked_timeout(timeout_s))
+        self._mover = Mover(moves, self.nodes, self.rank, self.schedule, patience)
         self._groups = sum_groups(topology) if self.kind != "none" else ()
         self._relays = make_relays(self.rank, self.nodes, self._groups)
-        parts = self.chunks if self.kind == "hierarchical" else 1
-        self._layout = layout_code(f"{self.kind}/{parts}", self.schedule, self.nodes)
+        parts = self.chunks if self.kind == "hierarchical" else ""
+        self._layout = layout_code(f"{self.kind}{parts}", self.schedule, self.nodes)
+        self._most_tokens = 0  # of a rank, in the dispatch before; the same on all ranks
 
     def _best_schedule(self) -> Schedule:
         if self.group is None or len(self.nodes) == 1:
@@ -183,6 +197,7 @@ class Exchange:
             requires_grad=torch.is_grad_enabled() and x_TD.requires_grad,
             weighted=self._weighted(weight_TK),
             layout=self._layout,
+            num_tokens=len(x_TD) if x_TD.ndim else 0,
             problem=problem,
         )
         if problem is not None:
@@ -250,7 +265,9 @@ class Exchange:
         """Raise the header's problem, after telling the other ranks of the group."""
         if self._mover.group is not None:
             nothing_PW = torch.zeros(self.num_ranks, 1, dtype=torch.int64, device=device)
-            exchange_counts(header, nothing_PW, nothing_PW[0, 0], self._mover.group)
+            exchange_counts(
+                header, nothing_PW, nothing_PW[0, 0], self._mover.group, self._mover.patience
+            )
         raise InputError(header.problem)
 
     def _flat(
@@ -280,7 +297,7 @@ class Exchange:
         refused: torch.Tensor,
     ) -> _Planned:
         relays, num_local = self._relays, header.num_experts // self.num_ranks
-        cut = cut_tokens(key, header.top_k, num_local, self.chunks, relays)
+        cut = cut_tokens(key, header.top_k, num_local, self._num_parts(header), relays)
         word_PW, parents = describe_parts(cut, relays)
         sent_PW, received_PW = self._counts(header, word_PW, refused)
         shares = make_shares(cut, parents, sent_PW, received_PW, relays)
@@ -289,6 +306,12 @@ class Exchange:
         weight_n = _weights(weight_TK, choice_n)
         route = plan_relays(self._mover, relays, shares, weight_n, header.dtype)
         return route, [count for counts_E in sent_PE for count in counts_E], received_PE
+
+    def _num_parts(self, header: Header) -> int:
+        if self.chunks != "auto":
+            return self.chunks
+        rows = self._most_tokens * header.hidden_size * header.dtype.itemsize
+        return min(max(rows // PART_BYTES, 1), MOST_PARTS)
 
     def _kept(
         self,
@@ -316,7 +339,11 @@ class Exchange:
         """Words told to each rank and by each rank."""
         if self._mover.group is not None:
             with timed("counts", word_PW.device, 0, 0):
-                return exchange_counts(header, word_PW, refused, self._mover.group)
+                answer = exchange_counts(
+                    header, word_PW, refused, self._mover.group, self._mover.patience
+                )
+            self._most_tokens = max(answer[2])
+            return answer[:2]
         *words, bad = torch.cat([word_PW.flatten(), refused.to(torch.int64).view(1)]).tolist()
         if bad:
             raise RefusedValues("the exchange refused values of this rank")
@@ -325,3 +352,9 @@ class Exchange:
 
 def _weights(weight_TK: torch.Tensor | None, choice_n: torch.Tensor) -> torch.Tensor | None:
     return None if weight_TK is None else weight_TK.flatten().index_select(0, choice_n)
+
+
+def _checked_timeout(timeout_s: float | None) -> float | None:
+    if timeout_s is not None and not timeout_s > 0:
+        raise InputError(f"timeout_s is {timeout_s!r}; allowed: > 0 seconds, or None")
+    return timeout_s

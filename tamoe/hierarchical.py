@@ -14,11 +14,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from tamoe.flat import arrangement, dot
-from tamoe.pipeline import run_in_turns
+from tamoe.pipeline import Waiting, run_in_turns
 from tamoe.record import Phase
 from tamoe.relay_route import (
     Hop,
@@ -29,7 +28,7 @@ from tamoe.relay_route import (
     row_places,
     source_order,
 )
-from tamoe.schedules import Mover
+from tamoe.schedules import Mover, Transfer
 from tamoe.shares import Share, counts_of_parts
 from tamoe.solver.relays import Relays
 from tamoe.summation import accumulation_dtype, add_stage, weigh
@@ -55,8 +54,8 @@ class Part:
     place_R: torch.Tensor  # among the rows of this rank's experts, of each row that arrives
 
     def dispatch(
-        self, x_TD: torch.Tensor, row_RD: torch.Tensor, mover: Mover
-    ) -> Iterator[list[dist.Work] | None]:
+        self, x_TD: torch.Tensor, row_RD: torch.Tensor, mover: Mover, phase: Phase
+    ) -> Iterator[Waiting | None]:
         """From tokens to rows in the order of this rank's experts."""
         copy_mD = x_TD[self.tokens]
         for hop in self.hops.between:
@@ -64,33 +63,34 @@ class Part:
             transfer = mover.transfer(rows, hop.send_splits, hop.receive_splits)
             for number in range(1, len(mover.nodes)):
                 yield None
-                yield transfer.start(number)
+                yield _waiting(mover, transfer, number, hop, phase)
             copy_mD = torch.cat([copy_mD, transfer.received_RD])
-        hop = self.hops.inside
-        rows = copy_mD.index_select(0, hop.copy_m)
-        transfer = mover.transfer(rows, hop.send_splits, hop.receive_splits)
-        for work in transfer.start(0):
-            work.wait()
-        row_RD.index_copy_(0, self.place_R, transfer.received_RD)
+        hop, place = self.hops.inside, 0
+        for rows in mover.inside(copy_mD, hop.copy_m, hop.send_splits, hop.receive_splits, phase):
+            row_RD.index_copy_(0, self.place_R[place : place + len(rows)], rows)
+            place += len(rows)
 
     def combine(
-        self, row_RD: torch.Tensor, out_TD: torch.Tensor, mover: Mover
-    ) -> Iterator[list[dist.Work] | None]:
+        self, row_RD: torch.Tensor, out_TD: torch.Tensor, mover: Mover, phase: Phase
+    ) -> Iterator[Waiting | None]:
         """From rows in the order of this rank's experts to a sum for each token."""
         hop = self.hops.inside
-        rows = row_RD.index_select(0, self.place_R)
-        transfer = mover.transfer(rows, hop.receive_splits, hop.send_splits)
-        for work in transfer.start(0):
-            work.wait()
-        sum_mD = add_stage(transfer.received_RD, hop.stage)
+        back = mover.inside(row_RD, self.place_R, hop.receive_splits, hop.send_splits, phase)
+        sum_mD = add_stage(torch.cat(back), hop.stage)
         for hop in reversed(self.hops.between):
             left = len(sum_mD) - hop.num_received
             transfer = mover.transfer(sum_mD[left:], hop.receive_splits, hop.send_splits)
             for number in range(1, len(mover.nodes)):
                 yield None
-                yield transfer.start(number)
+                yield _waiting(mover, transfer, number, hop, phase)
             sum_mD = add_stage(torch.cat([sum_mD[:left], transfer.received_RD]), hop.stage)
         out_TD[self.tokens].index_copy_(0, self.hops.token_m, sum_mD)
+
+
+def _waiting(mover: Mover, transfer: Transfer, number: int, hop: Hop, phase: Phase) -> Waiting:
+    started = transfer.start(number)
+    where = f"{phase}, hop of level {hop.level}, round {number} between nodes"
+    return lambda: mover.patience.wait(started, where)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,21 +120,21 @@ class RelayRoute:
         """From tokens to rows in the order of this rank's experts."""
         row_RD = x_TD.new_empty(self.num_rows, x_TD.shape[1])
         with self.mover.recorded(phase, x_TD, (hop.send_splits for hop in self._hops())):
-            self._run([part.dispatch(x_TD, row_RD, self.mover) for part in self.parts])
+            self._run([part.dispatch(x_TD, row_RD, self.mover, phase) for part in self.parts])
         return row_RD
 
     def send_back(self, row_RD: torch.Tensor, phase: Phase) -> torch.Tensor:
         """From rows in the order of this rank's experts to a sum for each token."""
         out_TD = row_RD.new_zeros(self.num_tokens, row_RD.shape[1])
         with self.mover.recorded(phase, row_RD, (hop.receive_splits for hop in self._hops())):
-            self._run([part.combine(row_RD, out_TD, self.mover) for part in self.parts])
+            self._run([part.combine(row_RD, out_TD, self.mover, phase) for part in self.parts])
         return out_TD
 
     def _hops(self) -> Iterator[Hop]:
         for part in self.parts:
             yield from (*part.hops.between, part.hops.inside)
 
-    def _run(self, parts: list[Iterator[list[dist.Work] | None]]) -> None:
+    def _run(self, parts: list[Iterator[Waiting | None]]) -> None:
         run_in_turns(parts, len(self.parts[0].hops.between), len(self.mover.nodes) - 1)
 
 

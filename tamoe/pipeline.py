@@ -1,18 +1,17 @@
 """Keeps the links between nodes busy while ranks work on what has arrived.
 
 The parts of an exchange take turns on the slow links. Each is a generator that yields None when it
-has rows ready for its next round between nodes, and then, when it is resumed, the transfers of that
-round. While one part's round is under way, the part before it copies, adds up and moves rows inside
-its node.
+has rows ready for its next round between nodes, and then, when it is resumed, starts that round and
+yields a function that waits for it. While one part's round is under way, the part before it copies,
+adds up and moves rows inside its node.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-import torch.distributed as dist
-
-Part = Iterator[list[dist.Work] | None]
+Waiting = Callable[[], None]
+Part = Iterator[Waiting | None]
 
 
 def turns(num_parts: int, num_hops: int) -> list[int]:
@@ -51,13 +50,13 @@ def run_in_turns(parts: Sequence[Part], num_hops: int, num_rounds: int) -> None:
         for _ in range(num_rounds):
             prepare(part)
             ready.discard(part)
-            works = next(parts[part]) or []
+            wait = next(parts[part])
             if arrived is not None and arrived != part:
                 prepare(arrived)
             if turn + 1 < len(order) and order[turn + 1] != part:
                 prepare(order[turn + 1])
-            for work in works:
-                work.wait()
+            assert wait is not None
+            wait()
         arrived = part
     for rest in parts:
         for _ in rest:

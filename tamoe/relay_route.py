@@ -27,6 +27,7 @@ from tamoe.summation import Stage, plan_stage
 class Hop:
     """Copies that travel together, and the sum that their way back ends in."""
 
+    level: int  # of the switches that it crosses; 0 inside the node
     copy_m: torch.Tensor  # which copies to send, sorted by the rank that they go to
     send_splits: tuple[int, ...]
     receive_splits: tuple[int, ...]
@@ -143,6 +144,7 @@ def plan_hops(
     blocks = [torch.cat([none, *(choices[s, p] for s in relays.served)]) for p in near]
     copy_m = torch.cat(blocks)
     inside = Hop(
+        0,
         copy_m,
         _splits(relays, {p: len(block) for p, block in zip(near, blocks, strict=True)}),
         _splits(relays, {p: _rows_through(p, told_P, relays) for p in near}),
@@ -177,7 +179,7 @@ def _hop(
             lower += [torch.full_like(copy_m, group_M[node]) for copy_m in block]
     sum_m = torch.cat(blocks)
     stage = plan_stage(sum_m, torch.cat(lower), 1 + max(group_M))
-    return Hop(sum_m[len(left_m) :], _splits(relays, sends), receive_splits, stage)
+    return Hop(level, sum_m[len(left_m) :], _splits(relays, sends), receive_splits, stage)
 
 
 def _own_copies(

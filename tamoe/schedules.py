@@ -16,10 +16,13 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
+from tamoe.node_memory import NodeMemory, node_memory
 from tamoe.record import Phase, timed
+from tamoe.waiting import Patience
 
 Schedule = Literal["single", "rounds"]
 Nodes = tuple[tuple[int, ...], ...]
+Started = list[tuple[dist.Work, tuple[int, ...]]]  # transfers and the ranks they are with
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,18 @@ class Mover:
         Ranks of each node, and this one.
     schedule
         ``"single"`` or ``"rounds"``.
+    patience
+        How long to wait for other ranks.
+    shared_memory
+        Whether ranks of a node may move rows through shared memory; on gloo only.
     """
 
     group: dist.ProcessGroup | None
     nodes: Nodes
     rank: int
     schedule: Schedule
+    patience: Patience
+    shared_memory: bool = True
 
     @cached_property
     def _rounds(self) -> tuple[Round, ...]:
@@ -63,6 +72,35 @@ class Mover:
         """Rows to be sent in rounds that the caller starts; not recorded."""
         assert self.group is not None
         return Transfer(row_nD, send_splits, receive_splits, self.group, self._rounds)
+
+    def inside(
+        self,
+        row_nD: torch.Tensor,
+        index_m: torch.Tensor,
+        send_splits: Sequence[int],
+        receive_splits: Sequence[int],
+        phase: Phase,
+    ) -> list[torch.Tensor]:
+        """Send chosen rows inside the node; those from each of its ranks, by rank.
+
+        Through shared memory where the node's ranks have it. Read them before the next call.
+        """
+        where = f"{phase}, inside the node"
+        if self._memory is not None:
+            room = self._memory.outbox(len(index_m), row_nD.shape[1], row_nD.dtype)
+            torch.index_select(row_nD, 0, index_m, out=room)
+            return self._memory.swap(room, send_splits, receive_splits, self.patience, where)
+        transfer = self.transfer(row_nD.index_select(0, index_m), send_splits, receive_splits)
+        self.patience.wait(transfer.start(0), where)
+        near = [receive_splits[rank] for rank in sorted(self._near)]
+        return list(transfer.received_RD.split(near))
+
+    @cached_property
+    def _memory(self) -> NodeMemory | None:
+        assert self.group is not None
+        if not self.shared_memory or "gloo" not in dist.get_backend(self.group):
+            return None
+        return node_memory(self.group, self.rank, sorted(self._near), self.patience)
 
     def recorded(
         self, phase: Phase, like: torch.Tensor, sends: Iterable[Sequence[int]]
@@ -85,9 +123,49 @@ class Mover:
         if self.group is None:
             return row_nD
         with self.recorded(phase, row_nD, [send_splits]):
-            if self.schedule == "single":
-                return move_single(row_nD, send_splits, receive_splits, self.group)
-            return move_rounds(row_nD, send_splits, receive_splits, self.group, self._rounds)
+            move = self._single if self.schedule == "single" else self._in_rounds
+            return move(row_nD, send_splits, receive_splits, phase)
+
+    def _single(
+        self,
+        row_nD: torch.Tensor,
+        send_splits: Sequence[int],
+        receive_splits: Sequence[int],
+        phase: Phase,
+    ) -> torch.Tensor:
+        """One uneven all-to-all."""
+        received_RD = row_nD.new_empty(sum(receive_splits), row_nD.shape[1])
+        work = dist.all_to_all_single(
+            received_RD,
+            row_nD.contiguous(),
+            list(receive_splits),
+            list(send_splits),
+            group=self.group,
+            async_op=True,
+        )
+        everyone = tuple(rank for ranks in self.nodes for rank in ranks if rank != self.rank)
+        self.patience.wait([(work, everyone)], f"{phase}, all ranks at once")
+        return received_RD
+
+    def _in_rounds(
+        self,
+        row_nD: torch.Tensor,
+        send_splits: Sequence[int],
+        receive_splits: Sequence[int],
+        phase: Phase,
+    ) -> torch.Tensor:
+        """By isend and irecv, a round between nodes starting when the last is through.
+
+        Round 0 runs beside the others: it stays inside the node and must not keep the uplink idle
+        (0.92 to 0.96 of the bound with it first, 0.93 to 0.98 so; emulated, gloo, 4x2 at 50 and
+        200 Mbit/s).
+        """
+        transfer = self.transfer(row_nD, send_splits, receive_splits)
+        inside = transfer.start(0)
+        for number in range(1, len(self.nodes)):
+            self.patience.wait(transfer.start(number), f"{phase}, round {number} between nodes")
+        self.patience.wait(inside, f"{phase}, inside the node")
+        return transfer.received_RD
 
 
 def rounds_of(nodes: Nodes, rank: int) -> tuple[Round, ...]:
@@ -113,43 +191,6 @@ def rounds_of(nodes: Nodes, rank: int) -> tuple[Round, ...]:
             )
         )
     return tuple(rounds)
-
-
-def move_single(
-    row_nD: torch.Tensor,
-    send_splits: Sequence[int],
-    receive_splits: Sequence[int],
-    group: dist.ProcessGroup,
-) -> torch.Tensor:
-    """Send rows to every rank with one uneven all-to-all; received rows are in order of rank."""
-    received_RD = row_nD.new_empty(sum(receive_splits), row_nD.shape[1])
-    dist.all_to_all_single(
-        received_RD, row_nD.contiguous(), list(receive_splits), list(send_splits), group=group
-    )
-    return received_RD
-
-
-def move_rounds(
-    row_nD: torch.Tensor,
-    send_splits: Sequence[int],
-    receive_splits: Sequence[int],
-    group: dist.ProcessGroup,
-    rounds: Sequence[Round],
-) -> torch.Tensor:
-    """The same rows by isend and irecv, a round between nodes starting when the last is through.
-
-    Round 0 runs beside the others: it stays inside the node and must not keep the uplink idle
-    (0.92 to 0.96 of the bound with it first, 0.93 to 0.98 so; emulated, gloo, 4x2 at 50 and
-    200 Mbit/s).
-    """
-    transfer = Transfer(row_nD, send_splits, receive_splits, group, rounds)
-    inside = transfer.start(0)
-    for number in range(1, len(rounds)):
-        for work in transfer.start(number):
-            work.wait()
-    for work in inside:
-        work.wait()
-    return transfer.received_RD
 
 
 class Transfer:
@@ -178,7 +219,7 @@ class Transfer:
         self._outgoing = row_nD.contiguous().split(list(send_splits))
         self._incoming = self.received_RD.split(list(receive_splits))
 
-    def start(self, number: int) -> list[dist.Work]:
+    def start(self, number: int) -> Started:
         """Start a round; round 0 also copies the rows that this rank keeps."""
         step = self._rounds[number]
         if number == 0:
@@ -193,4 +234,8 @@ class Transfer:
             for call, rows, peer in transfers
             if rows.numel()
         ]
-        return dist.batch_isend_irecv(operations) if operations else []
+        works = dist.batch_isend_irecv(operations) if operations else []
+        peers = [operation.group_peer for operation in operations]
+        if len(works) == len(peers):
+            return [(work, (peer,)) for work, peer in zip(works, peers, strict=True)]
+        return [(work, tuple(dict.fromkeys(peers))) for work in works]  # joined, as NCCL does

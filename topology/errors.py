@@ -52,6 +52,10 @@ class ProbeError(RankError):
     """The probe could not measure what it had to."""
 
 
+class ExchangeError(RankError):
+    """Ranks could not finish an exchange; the message names it, the hop and the peers."""
+
+
 class StoppedError(TamoeError):
     """The user stopped the run; the message says where the results so far are."""
 

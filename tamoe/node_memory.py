@@ -1,0 +1,228 @@
+"""Memory that the ranks of one host share, so that rows inside a node need no socket.
+
+Every rank has an outbox that the other ranks of its node map. It writes rows there and tells each
+peer where they lie, by a small message through the process group, which also orders the memory; the
+peers read in place. Two halves are written in turn: once a peer has sent its next message, it is
+done with the half before.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+
+from tamoe.waiting import Patience
+
+_FOLDER = "/dev/shm"
+_PATH_BYTES = 128
+_ALIGNED_BYTES = 64
+_BY_SOCKET = -1
+
+
+class NodeMemory:
+    """The outboxes of this rank and of the other ranks of its node; see :meth:`connect`."""
+
+    def __init__(self, group: dist.ProcessGroup, rank: int, near: Sequence[int]) -> None:
+        self._group, self._rank = group, rank
+        self._peers = [peer for peer in near if peer != rank]
+        self._file = -1
+        self._own = torch.empty(0, dtype=torch.uint8)
+        self._begin = 0  # of the half that is written now
+        self._files: dict[int, int] = {}
+        self._theirs: dict[int, torch.Tensor] = {}
+
+    def __del__(self) -> None:
+        for file in (self._file, *self._files.values()):
+            with suppress(OSError):
+                os.close(file)
+
+    @classmethod
+    def connect(
+        cls, group: dist.ProcessGroup, rank: int, near: Sequence[int], patience: Patience
+    ) -> NodeMemory | None:
+        """Outboxes for all ranks of a node, or None on all of them where they share no memory.
+
+        All ranks of the node call it at the same point.
+
+        Parameters
+        ----------
+        group
+            ProcessGroup that carries the messages.
+        rank
+            This rank in the group.
+        near
+            Ranks of its node in the group, itself among them.
+        patience
+            How long to wait for them.
+        """
+        where = "shared memory of the node"
+        memory = cls(group, rank, near)
+        path = memory._made()
+        name = torch.zeros(_PATH_BYTES, dtype=torch.uint8)
+        name[: len(path)] = torch.tensor(list(path.encode()), dtype=torch.uint8)
+        names = memory._told(dict.fromkeys(memory._peers, name), patience, where)
+        works = bool(path)
+        for peer in memory._peers:
+            works = memory._opened(peer, names[peer]) and works
+        answer = torch.tensor([int(works)])
+        said = memory._told(dict.fromkeys(memory._peers, answer), patience, where)
+        if path:
+            os.unlink(path)  # whoever opened it keeps it; nothing is left behind
+        return memory if works and all(int(answer) for answer in said.values()) else None
+
+    def outbox(self, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """Room for rows, ``[num_rows, width]``, that :meth:`swap` then hands to the peers."""
+        num_bytes = num_rows * width * dtype.itemsize
+        half_ends = len(self._own) if self._begin else len(self._own) // 2
+        if self._begin + num_bytes > half_ends and not self._grown(num_bytes):
+            return torch.empty(num_rows, width, dtype=dtype)
+        room = self._own[self._begin : self._begin + num_bytes]
+        return room.view(dtype).view(num_rows, width)
+
+    def swap(
+        self,
+        row_nD: torch.Tensor,
+        send_splits: Sequence[int],
+        receive_splits: Sequence[int],
+        patience: Patience,
+        where: str,
+    ) -> list[torch.Tensor]:
+        """Rows from each rank of the node, by rank, to be read before the next swap.
+
+        Parameters
+        ----------
+        row_nD
+            The last :meth:`outbox`, with rows sorted by the rank that they are for.
+        send_splits, receive_splits
+            Rows for each rank and from each rank of the group; 0 outside the node.
+        patience, where
+            How long to wait for the peers, and what an error calls this swap.
+        """
+        blocks = row_nD.split(list(send_splits))
+        row_bytes = row_nD.shape[1] * row_nD.element_size()
+        shared = row_nD.numel() == 0 or self._holds(row_nD)
+        tell, start = {}, self._begin
+        for rank, rows in enumerate(send_splits):
+            if rank in self._peers:
+                begin = start if shared else _BY_SOCKET
+                tell[rank] = torch.tensor([begin, len(self._own)])
+            start += rows * row_bytes
+        told = self._told(tell, patience, where)
+        arrived = {self._rank: blocks[self._rank]}
+        by_socket: dict[int, torch.Tensor] = {}
+        for peer, answer in told.items():
+            begin, size = answer.tolist()
+            shape = (receive_splits[peer], row_nD.shape[1])
+            if begin == _BY_SOCKET:
+                arrived[peer] = by_socket[peer] = row_nD.new_empty(shape)
+            else:
+                part = self._box(peer, size)[begin : begin + shape[0] * row_bytes]
+                arrived[peer] = part.view(row_nD.dtype).view(shape)
+        if not shared or by_socket:
+            sends = {} if shared else {peer: blocks[peer] for peer in self._peers}
+            self._transfer(sends, by_socket, patience, where)
+        if shared:
+            self._begin = 0 if self._begin else len(self._own) // 2
+        return [arrived[rank] for rank in sorted(arrived)]
+
+    # ---- messages -----------------------------------------------------------------------------
+
+    def _told(
+        self, tell: Mapping[int, torch.Tensor], patience: Patience, where: str
+    ) -> dict[int, torch.Tensor]:
+        """Swap tensors of one shape with the peers."""
+        heard = {peer: torch.empty_like(message) for peer, message in tell.items()}
+        self._transfer(tell, heard, patience, where)
+        return heard
+
+    def _transfer(
+        self,
+        sends: Mapping[int, torch.Tensor],
+        receives: Mapping[int, torch.Tensor],
+        patience: Patience,
+        where: str,
+    ) -> None:
+        works = [
+            (dist.irecv(rows, group=self._group, group_src=peer), (peer,))
+            for peer, rows in receives.items()
+            if rows.numel()
+        ]
+        works += [
+            (dist.isend(rows, group=self._group, group_dst=peer), (peer,))
+            for peer, rows in sends.items()
+            if rows.numel()
+        ]
+        patience.wait([(work, peers) for work, peers in works if work is not None], where)
+
+    # ---- files --------------------------------------------------------------------------------
+
+    def _made(self) -> str:
+        """A small file of this rank's own; its path, or "" where there is no shared memory."""
+        try:
+            self._file, path = tempfile.mkstemp(prefix="tamoe-", dir=_FOLDER)
+        except OSError:
+            return ""
+        if not self._grown(_ALIGNED_BYTES):
+            os.unlink(path)
+            return ""
+        return path
+
+    def _opened(self, peer: int, name: torch.Tensor) -> bool:
+        path = bytes(name.tolist()).rstrip(b"\0").decode()
+        try:
+            self._files[peer] = os.open(path, os.O_RDWR)
+        except OSError:  # another host, or none was made
+            return False
+        return True
+
+    def _grown(self, num_bytes: int) -> bool:
+        """Enlarge the outbox; False where there is no room.
+
+        The half that peers may still read stays as it is: the new second half begins behind it.
+        """
+        wanted = -(-num_bytes // _ALIGNED_BYTES) * _ALIGNED_BYTES
+        half = max(wanted, len(self._own))
+        try:
+            os.posix_fallocate(self._file, 0, 2 * half)
+            self._own = _mapped(self._file, 2 * half)
+        except OSError:
+            return False
+        self._begin = half
+        return True
+
+    def _box(self, peer: int, size: int) -> torch.Tensor:
+        if peer not in self._theirs or len(self._theirs[peer]) != size:
+            self._theirs[peer] = _mapped(self._files[peer], size)
+        return self._theirs[peer]
+
+    def _holds(self, row_nD: torch.Tensor) -> bool:
+        begin = self._own.data_ptr()
+        return begin <= row_nD.data_ptr() < begin + len(self._own)
+
+
+def _mapped(file: int, size: int) -> torch.Tensor:
+    return torch.frombuffer(mmap.mmap(file, size), dtype=torch.uint8)
+
+
+_connected: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], NodeMemory | None]]
+_connected = WeakKeyDictionary()
+
+
+def node_memory(
+    group: dist.ProcessGroup, rank: int, near: Sequence[int], patience: Patience
+) -> NodeMemory | None:
+    """The outboxes of a node; one set serves every exchange of a group.
+
+    The first call connects, so all ranks of the node make it at the same point.
+    """
+    by_node = _connected.setdefault(group, {})
+    if tuple(near) not in by_node:
+        by_node[tuple(near)] = NodeMemory.connect(group, rank, near, patience)
+    return by_node[tuple(near)]

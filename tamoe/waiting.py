@@ -1,0 +1,49 @@
+"""Waiting for other ranks: within a time, and with an error that says for whom and where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from tamoe.topology.errors import ExchangeError
+
+
+@dataclass(frozen=True)
+class Patience:
+    """What is being waited for, in words, and for how long.
+
+    Parameters
+    ----------
+    what
+        The exchange, such as "hierarchical exchange".
+    timeout_s
+        Seconds for each wait; None: as long as the process group says.
+    """
+
+    what: str
+    timeout_s: float | None = None
+
+    def wait(self, works: Iterable[tuple[dist.Work, tuple[int, ...]]], where: str) -> None:
+        """Wait for transfers, each with the ranks that take part.
+
+        Raises
+        ------
+        ExchangeError
+            One failed or took too long; rows may be lost, so the group cannot go on.
+        """
+        for work, peers in works:
+            try:
+                if self.timeout_s is None:
+                    work.wait()
+                else:
+                    work.wait(timedelta(seconds=self.timeout_s))
+            except RuntimeError as error:
+                ranks = ", ".join(map(str, peers))
+                raise ExchangeError(
+                    f"{self.what}, {where}: no answer from rank {ranks} of the group: {error}. "
+                    f"Rows may be lost; end the job or make a new group",
+                    peers[0] if len(peers) == 1 else None,
+                ) from error

@@ -1,0 +1,88 @@
+"""A rank that dies or stops in an exchange: every other rank raises in time and says where."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tamoe import ExchangeError
+from tamoe.exchange import Exchange, Kind
+from tamoe.topology import RankError, Topology, ranks, run_ranks
+
+TIMEOUT_S = 3.0
+REPETITIONS = int(os.environ.get("TAMOE_FAULTS", "1"))  # of each case; 50 in all are 6 of each
+VICTIM = 3
+
+
+def struck(rank: int, kind: Kind, when: str, how: int, folder: str) -> None:
+    """An exchange in which one rank is struck; the others note what they were told."""
+    topology = Topology.from_tree("2x2", bandwidth_bytes_per_s=(1e9, 1e9))
+    exchange = Exchange(topology, kind=kind, timeout_s=TIMEOUT_S)
+    x_TD = torch.ones(64, 32, requires_grad=True)
+    index_TK = torch.arange(8).repeat(64, 1)
+
+    def strike(phase: str) -> None:
+        if rank == VICTIM and phase == when:
+            os.kill(os.getpid(), how)
+
+    def run(strikes: bool) -> None:
+        if strikes:
+            strike("dispatch")
+        row_RD, handle = exchange.dispatch(x_TD, index_TK, num_experts=8)
+        if strikes:
+            strike("combine")
+        out_TD = exchange.combine(row_RD, handle)
+        if strikes:
+            strike("backward")
+        out_TD.sum().backward()
+
+    run(False)
+    dist.barrier()
+    began_s = time.monotonic()
+    try:
+        run(True)
+    except ExchangeError as error:
+        with open(f"{folder}/{rank}", "w") as file:
+            file.write(f"{time.monotonic() - began_s:.1f} s: {error}")
+        raise
+
+
+@pytest.fixture(autouse=True)
+def _launcher_lets_all_ranks_speak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise it ends the others soon after one rank has died."""
+
+    def receive_all(self: Any) -> None:
+        deadline = time.monotonic() + 10 * TIMEOUT_S
+        while len(self.raised) < 3 and self._receive(deadline):
+            pass
+
+    monkeypatch.setattr(ranks._Collector, "_receive_causes", receive_all)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("kind", ["flat", "hierarchical"])
+@pytest.mark.parametrize("when", ["dispatch", "combine", "backward"])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_every_other_rank_raises_and_names_the_hop(
+    kind: Kind, when: str, how: int, tmp_path_factory: Any
+) -> None:
+    for _ in range(REPETITIONS):
+        folder = tmp_path_factory.mktemp("told")
+        with pytest.raises(RankError):
+            run_ranks(4, struck, kind, when, int(how), str(folder), timeout_s=20 * TIMEOUT_S)
+        told = {path.name: path.read_text() for path in folder.iterdir()}
+        assert set(told) == {"0", "1", "2"}
+        for text in told.values():
+            assert float(text.split()[0]) < 3 * TIMEOUT_S  # a wait each for counts, rows and back
+            assert f"{kind} exchange, " in text, text
+            assert "no answer from rank" in text
+            phases = {"dispatch": ("counts", "dispatch"), "combine": ("combine",)}
+            assert any(
+                f"exchange, {phase}" in text for phase in phases.get(when, ("combine_backward",))
+            )
