@@ -60,6 +60,8 @@ def run_bench(
             "--cluster and --topology: give one; a cluster to emulate, or the topology file of "
             "the running job"
         )
+    if output.is_dir() or not output.parent.is_dir():
+        raise InputError(f"--output is {str(output)!r}; allowed: a file in a folder that is there")
     settings = [
         Setting(t, k, s, experts_per_rank, hidden_size)  # type: ignore[arg-type]
         for t, k, s in itertools.product(tokens, top_k, skew)

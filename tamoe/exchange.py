@@ -60,7 +60,8 @@ class Exchange:
     kind
         ``"flat"``: every row goes straight to the rank of its expert. ``"hierarchical"``: a token
         crosses the link of each node and switch once and is copied behind it, and sums cross back;
-        needs a topology. ``"auto"``: flat. ``"none"`` moves
+        needs a topology. ``"auto"``: what the cost model
+        says of a Plan (``reason`` says why), flat for anything else. ``"none"`` moves
         nothing: every rank works on its own rows, dealt in turn to its experts, as many as it
         would get on average. For measuring what the exchange costs; its results are not a model.
     schedule
@@ -126,7 +127,8 @@ class Exchange:
                 "kind is 'hierarchical' without topology_or_plan, which gives the nodes"
             )
         self.nodes = (tuple(range(self.num_ranks)),) if topology is None else topology.nodes
-        self.kind: Literal["flat", "hierarchical", "none"] = "flat" if kind == "auto" else kind
+        self.kind: Literal["flat", "hierarchical", "none"]
+        self.kind, self.reason = _chosen(given) if kind == "auto" else (kind, "given")
         if self.group is None and self.kind == "hierarchical":
             self.kind = "flat"  # one rank
         self.schedule: Schedule = self._best_schedule() if schedule == "auto" else schedule
@@ -358,3 +360,17 @@ def _checked_timeout(timeout_s: float | None) -> float | None:
     if timeout_s is not None and not timeout_s > 0:
         raise InputError(f"timeout_s is {timeout_s!r}; allowed: > 0 seconds, or None")
     return timeout_s
+
+
+def _chosen(topology_or_plan: Any) -> tuple[Literal["flat", "hierarchical"], str]:
+    """What the cost model says of a plan, and why."""
+    if getattr(topology_or_plan, "target_PN", None) is None:
+        return "flat", "flat: without a plan, sizes and routing are unknown"
+    from tamoe.solver.choice import choose_exchange
+
+    plan: Plan = topology_or_plan
+    try:
+        choice = choose_exchange(plan.topology, plan.workload, plan.target_PN)
+    except InputError as error:
+        return "flat", f"flat: {error}"
+    return ("hierarchical" if choice.kind == "hierarchical" else "flat"), choice.reason

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,11 @@ import torch.distributed as dist
 
 from tamoe.exchange import Exchange
 from tamoe.relays import plan_forwarding
+from tamoe.solver import Workload
+from tamoe.solver.choice import choose_exchange, forwarding, sample_routing
 from tamoe.solver.relays import make_relays, sum_groups
 from tamoe.solver.traffic import flat_rows, hierarchical_rows, told_bytes
-from tamoe.topology import Topology
+from tamoe.topology import InputError, Topology
 from tamoe.topology.netns import interface_bytes
 from tamoe.topology.ranks import run_ranks_with_report
 from tamoe.topology.tree import parse_tree, tree_depth
@@ -93,6 +96,47 @@ def model(shape: str, tokens: int) -> dict[str, np.ndarray]:
         name: np.bincount(node_of, weights=(bytes_PP * crosses_PP).sum(0))
         for name, bytes_PP in moved.items()
     }
+
+
+@pytest.mark.parametrize("shape", ["2x4", "4x2", "[[2,2],[2]]", "[[[1,1],[2]],[[1,1],[1,1]]]"])
+def test_both_ways_to_plan_forwarding_agree(shape: str) -> None:
+    topology, generator = tree(shape), torch.Generator().manual_seed(0)
+    num_nodes = len(topology.nodes)
+    for rank in range(topology.num_ranks):
+        relays = make_relays(rank, topology.nodes, sum_groups(topology))
+        key_TK = torch.randint(0, num_nodes, (50, 3), generator=generator)
+        touch_TM = np.zeros((50, num_nodes), dtype=bool)
+        touch_TM[np.arange(50)[:, None], key_TK.numpy()] = True
+        copied_MM = plan_forwarding(key_TK.flatten(), 50, relays)[1].numpy()
+        assert (forwarding(touch_TM, relays) == copied_MM).all()
+
+
+def test_sampled_touches_are_those_of_the_closed_form() -> None:
+    topology = tree("4x2")
+    workload = Workload(tokens_per_rank=256, top_k=8, hidden_size=8, experts_per_rank=8)
+    _, forward_PMM = sample_routing(
+        topology, workload, np.full((8, 64), 32.0), [e // 8 for e in range(64)]
+    )
+    touched = 1 - math.comb(48, 8) / math.comb(64, 8)  # an expert among the 16 of a node
+    assert forward_PMM.sum() / (8 * 3 * 256) == pytest.approx(touched, abs=0.01)
+
+
+def test_choice_of_exchange() -> None:
+    topology = Topology.from_tree("2x4", bandwidth_bytes_per_s=(1e11, 1e9))
+    given = {"tokens_per_rank": 1024, "hidden_size": 1024, "experts_per_rank": 8}
+    for top_k, kind in ((1, "flat"), (8, "hierarchical")):
+        workload = Workload(top_k=top_k, **given)
+        choice = choose_exchange(topology, workload, np.full((8, 64), 16.0 * top_k))
+        assert choice.kind == kind
+        assert choice.reason.startswith(kind)
+    # With few tokens off the node there is nothing left to save.
+    near_PN = np.kron(np.eye(2), np.ones((4, 32))) * 256 + 1e-6
+    assert choose_exchange(topology, workload, near_PN).kind == "flat"
+    alone = Topology.from_tree("1x4", bandwidth_bytes_per_s=(1e9, 1e9))
+    assert "one node" in choose_exchange(alone, Workload(top_k=1), np.ones((4, 4))).reason
+    groups = Workload(top_k=1, ep_groups=((0, 1, 2, 3), (4, 5, 6, 7)))
+    with pytest.raises(InputError, match="several ep_groups"):
+        choose_exchange(topology, groups, np.ones((8, 4)))
 
 
 @pytest.mark.emulated
