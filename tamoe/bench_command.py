@@ -170,6 +170,7 @@ def save_bench_figure(scores: Sequence[Score], label: str, cluster: str, path: P
     """Share of the bound, and speed-up over the better flat schedule, against bytes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
@@ -197,6 +198,9 @@ def save_bench_figure(scores: Sequence[Score], label: str, cluster: str, path: P
         share.scatter([], [], color=colour, label=name, s=28)
     for top_k, marker in markers.items():
         share.scatter([], [], color="black", marker=marker, label=f"top-{top_k}", s=28)
+    for axes in (share, speed):
+        for axis_formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            axis_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
     share.legend(fontsize=8, loc="lower right")
     figure.suptitle(f"Exchange on {cluster}", fontsize=11)
     figure.savefig(path, dpi=130)

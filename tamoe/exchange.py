@@ -6,6 +6,7 @@ size, n rows sent (choices that were not dropped), R rows received.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -34,6 +35,25 @@ KINDS: tuple[Kind, ...] = ("auto", "flat", "hierarchical", "none")
 PART_BYTES = 2**18
 MOST_PARTS = 4
 _Planned = tuple[FlatRoute | RelayRoute, list[int], list[list[int]]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """What a dispatch was asked for, beside the tokens themselves."""
+
+    header: Header
+    key: torch.Tensor  # expert of each flat choice, N where dropped
+    refused: torch.Tensor  # nonzero where an index is not allowed
+    weight_TK: torch.Tensor | None
+
+    def sorted_choices(
+        self, key: torch.Tensor, num_kept: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Token and weight of each kept choice, sorted by key, then by token."""
+        choice_n = torch.argsort(key, stable=True)[:num_kept]
+        weight_TK = self.weight_TK
+        weight_n = None if weight_TK is None else weight_TK.flatten().index_select(0, choice_n)
+        return choice_n // self.header.top_k, weight_n
 
 
 class Exchange:
@@ -207,7 +227,7 @@ class Exchange:
         key, refused = sort_keys(expert_index_TK, num_experts)
         plan = {"flat": self._flat, "hierarchical": self._relayed, "none": self._kept}[self.kind]
         try:
-            route, sent_N, received_PE = plan(x_TD, key, weight_TK, header, refused)
+            route, sent_N, received_PE = plan(_Asked(header, key, refused, weight_TK))
         except RefusedValues:
             raise InputError(
                 f"expert_index_TK holds {int(expert_index_TK.min())} to "
@@ -272,40 +292,24 @@ class Exchange:
             )
         raise InputError(header.problem)
 
-    def _flat(
-        self,
-        x_TD: torch.Tensor,
-        key: torch.Tensor,
-        weight_TK: torch.Tensor | None,
-        header: Header,
-        refused: torch.Tensor,
-    ) -> _Planned:
-        count_N = count_keys(key, header.num_experts)
-        sent_PE, received_PE = self._counts(header, count_N.view(self.num_ranks, -1), refused)
+    def _flat(self, asked: _Asked) -> _Planned:
+        num_tokens, num_experts = asked.header.num_tokens, asked.header.num_experts
+        count_N = count_keys(asked.key, num_experts)
+        sent_PE, received_PE = self._counts(asked, count_N.view(self.num_ranks, -1))
         sent_N = [count for counts_E in sent_PE for count in counts_E]
-        choice_n = torch.argsort(key, stable=True)[: sum(sent_N)]
-        token_n, weight_n = choice_n // header.top_k, _weights(weight_TK, choice_n)
-        route = plan_flat(
-            self._mover, len(x_TD), token_n, weight_n, sent_PE, received_PE, self._groups
-        )
+        choices = asked.sorted_choices(asked.key, sum(sent_N))
+        route = plan_flat(self._mover, num_tokens, *choices, sent_PE, received_PE, self._groups)
         return route, sent_N, received_PE
 
-    def _relayed(
-        self,
-        x_TD: torch.Tensor,
-        key: torch.Tensor,
-        weight_TK: torch.Tensor | None,
-        header: Header,
-        refused: torch.Tensor,
-    ) -> _Planned:
-        relays, num_local = self._relays, header.num_experts // self.num_ranks
-        cut = cut_tokens(key, header.top_k, num_local, self._num_parts(header), relays)
+    def _relayed(self, asked: _Asked) -> _Planned:
+        relays, header = self._relays, asked.header
+        num_local = header.num_experts // self.num_ranks
+        cut = cut_tokens(asked.key, header.top_k, num_local, self._num_parts(header), relays)
         word_PW, parents = describe_parts(cut, relays)
-        sent_PW, received_PW = self._counts(header, word_PW, refused)
+        sent_PW, received_PW = self._counts(asked, word_PW)
         shares = make_shares(cut, parents, sent_PW, received_PW, relays)
         sent_PE, received_PE = counts_of_parts(shares, relays)
-        choice_n = torch.argsort(key, stable=True)[: sum(map(sum, sent_PE))]
-        weight_n = _weights(weight_TK, choice_n)
+        _, weight_n = asked.sorted_choices(asked.key, sum(map(sum, sent_PE)))
         route = plan_relays(self._mover, relays, shares, weight_n, header.dtype)
         return route, [count for counts_E in sent_PE for count in counts_E], received_PE
 
@@ -315,45 +319,33 @@ class Exchange:
         rows = self._most_tokens * header.hidden_size * header.dtype.itemsize
         return min(max(rows // PART_BYTES, 1), MOST_PARTS)
 
-    def _kept(
-        self,
-        x_TD: torch.Tensor,
-        key: torch.Tensor,
-        weight_TK: torch.Tensor | None,
-        header: Header,
-        refused: torch.Tensor,
-    ) -> _Planned:
+    def _kept(self, asked: _Asked) -> _Planned:
         """Every rank works on its own rows, dealt in turn to its experts."""
-        num_local = header.num_experts // self.num_ranks
-        count_N = count_keys(key, header.num_experts)
-        sent_N = self._counts(header, count_N.view(1, -1), refused)[0][0]
+        num_tokens, num_experts = asked.header.num_tokens, asked.header.num_experts
+        num_local = num_experts // self.num_ranks
+        sent_N = self._counts(asked, count_keys(asked.key, num_experts).view(1, -1))[0][0]
         share, extra = divmod(sum(sent_N), num_local)
         dealt_PE = [[share + (expert < extra) for expert in range(num_local)]]
-        key = deal_locally(key, header.num_experts, num_local)
-        choice_n = torch.argsort(key, stable=True)[: sum(sent_N)]
-        token_n, weight_n = choice_n // header.top_k, _weights(weight_TK, choice_n)
-        route = plan_flat(self._mover, len(x_TD), token_n, weight_n, dealt_PE, dealt_PE, ())
+        dealt_key = deal_locally(asked.key, num_experts, num_local)
+        choices = asked.sorted_choices(dealt_key, sum(sent_N))
+        route = plan_flat(self._mover, num_tokens, *choices, dealt_PE, dealt_PE, ())
         return route, sent_N, dealt_PE
 
     def _counts(
-        self, header: Header, word_PW: torch.Tensor, refused: torch.Tensor
+        self, asked: _Asked, word_PW: torch.Tensor
     ) -> tuple[list[list[int]], list[list[int]]]:
         """Words told to each rank and by each rank."""
         if self._mover.group is not None:
             with timed("counts", word_PW.device, 0, 0):
                 answer = exchange_counts(
-                    header, word_PW, refused, self._mover.group, self._mover.patience
+                    asked.header, word_PW, asked.refused, self._mover.group, self._mover.patience
                 )
             self._most_tokens = max(answer[2])
             return answer[:2]
-        *words, bad = torch.cat([word_PW.flatten(), refused.to(torch.int64).view(1)]).tolist()
+        *words, bad = torch.cat([word_PW.flatten(), asked.refused.to(torch.int64).view(1)]).tolist()
         if bad:
             raise RefusedValues("the exchange refused values of this rank")
         return [words], [words]
-
-
-def _weights(weight_TK: torch.Tensor | None, choice_n: torch.Tensor) -> torch.Tensor | None:
-    return None if weight_TK is None else weight_TK.flatten().index_select(0, choice_n)
 
 
 def _checked_timeout(timeout_s: float | None) -> float | None:

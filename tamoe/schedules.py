@@ -123,49 +123,18 @@ class Mover:
         if self.group is None:
             return row_nD
         with self.recorded(phase, row_nD, [send_splits]):
-            move = self._single if self.schedule == "single" else self._in_rounds
-            return move(row_nD, send_splits, receive_splits, phase)
-
-    def _single(
-        self,
-        row_nD: torch.Tensor,
-        send_splits: Sequence[int],
-        receive_splits: Sequence[int],
-        phase: Phase,
-    ) -> torch.Tensor:
-        """One uneven all-to-all."""
-        received_RD = row_nD.new_empty(sum(receive_splits), row_nD.shape[1])
-        work = dist.all_to_all_single(
-            received_RD,
-            row_nD.contiguous(),
-            list(receive_splits),
-            list(send_splits),
-            group=self.group,
-            async_op=True,
-        )
-        everyone = tuple(rank for ranks in self.nodes for rank in ranks if rank != self.rank)
-        self.patience.wait([(work, everyone)], f"{phase}, all ranks at once")
-        return received_RD
-
-    def _in_rounds(
-        self,
-        row_nD: torch.Tensor,
-        send_splits: Sequence[int],
-        receive_splits: Sequence[int],
-        phase: Phase,
-    ) -> torch.Tensor:
-        """By isend and irecv, a round between nodes starting when the last is through.
-
-        Round 0 runs beside the others: it stays inside the node and must not keep the uplink idle
-        (0.92 to 0.96 of the bound with it first, 0.93 to 0.98 so; emulated, gloo, 4x2 at 50 and
-        200 Mbit/s).
-        """
-        transfer = self.transfer(row_nD, send_splits, receive_splits)
-        inside = transfer.start(0)
-        for number in range(1, len(self.nodes)):
-            self.patience.wait(transfer.start(number), f"{phase}, round {number} between nodes")
-        self.patience.wait(inside, f"{phase}, inside the node")
-        return transfer.received_RD
+            transfer = self.transfer(row_nD, send_splits, receive_splits)
+            if self.schedule == "single":
+                self.patience.wait(transfer.start_at_once(), f"{phase}, all ranks at once")
+                return transfer.received_RD
+            # Round 0 runs beside the others: it stays inside the node and must not keep the uplink
+            # idle (0.92 to 0.96 of the bound with it first, 0.93 to 0.98 so; emulated, gloo, 4x2
+            # at 50 and 200 Mbit/s).
+            inside = transfer.start(0)
+            for number in range(1, len(self.nodes)):
+                self.patience.wait(transfer.start(number), f"{phase}, round {number} between nodes")
+            self.patience.wait(inside, f"{phase}, inside the node")
+            return transfer.received_RD
 
 
 def rounds_of(nodes: Nodes, rank: int) -> tuple[Round, ...]:
@@ -194,7 +163,7 @@ def rounds_of(nodes: Nodes, rank: int) -> tuple[Round, ...]:
 
 
 class Transfer:
-    """Rows on their way in rounds, each of which the caller starts and waits for.
+    """Rows on their way, at once or in rounds, each of which the caller starts and waits for.
 
     Parameters
     ----------
@@ -216,8 +185,24 @@ class Transfer:
     ) -> None:
         self.received_RD = row_nD.new_empty(sum(receive_splits), row_nD.shape[1])
         self._group, self._rounds = group, rounds
-        self._outgoing = row_nD.contiguous().split(list(send_splits))
-        self._incoming = self.received_RD.split(list(receive_splits))
+        self._sent_nD = row_nD.contiguous()
+        self._splits = list(send_splits), list(receive_splits)
+        self._outgoing = self._sent_nD.split(self._splits[0])
+        self._incoming = self.received_RD.split(self._splits[1])
+
+    def start_at_once(self) -> Started:
+        """Start everything as one uneven all-to-all."""
+        send_splits, receive_splits = self._splits
+        work = dist.all_to_all_single(
+            self.received_RD,
+            self._sent_nD,
+            receive_splits,
+            send_splits,
+            group=self._group,
+            async_op=True,
+        )
+        rank = dist.get_rank(self._group)
+        return [(work, tuple(peer for peer in range(len(send_splits)) if peer != rank))]
 
     def start(self, number: int) -> Started:
         """Start a round; round 0 also copies the rows that this rank keeps."""
