@@ -112,9 +112,11 @@ def exchange_counts(
 
 def _swapped(message: torch.Tensor, group: dist.ProcessGroup, patience: Patience) -> torch.Tensor:
     answer = torch.empty_like(message)
-    work = dist.all_to_all_single(answer, message, group=group, async_op=True)
-    others = tuple(rank for rank in range(len(message)) if rank != dist.get_rank(group))
-    patience.wait([(work, others)], "counts, all ranks at once")
+    where, rank = "counts, all ranks at once", dist.get_rank(group)
+    others = tuple(peer for peer in range(len(message)) if peer != rank)
+    with patience.trying(others, where):
+        work = dist.all_to_all_single(answer, message, group=group, async_op=True)
+    patience.wait([(work, others)], where)
     return answer
 
 

@@ -17,7 +17,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from tamoe.flat import arrangement, dot
-from tamoe.pipeline import Waiting, run_in_turns
+from tamoe.pipeline import run_in_turns
 from tamoe.record import Phase
 from tamoe.relay_route import (
     Hop,
@@ -28,7 +28,7 @@ from tamoe.relay_route import (
     row_places,
     source_order,
 )
-from tamoe.schedules import Mover, Transfer
+from tamoe.schedules import Mover, Waiting
 from tamoe.shares import Share, counts_of_parts
 from tamoe.solver.relays import Relays
 from tamoe.summation import accumulation_dtype, add_stage, weigh
@@ -60,10 +60,11 @@ class Part:
         copy_mD = x_TD[self.tokens]
         for hop in self.hops.between:
             rows = copy_mD.index_select(0, hop.copy_m)
-            transfer = mover.transfer(rows, hop.send_splits, hop.receive_splits)
+            what = f"{phase}, hop of level {hop.level}"
+            transfer = mover.transfer(rows, hop.send_splits, hop.receive_splits, what)
             for number in range(1, len(mover.nodes)):
                 yield None
-                yield _waiting(mover, transfer, number, hop, phase)
+                yield transfer.start(number)
             copy_mD = torch.cat([copy_mD, transfer.received_RD])
         hop, place = self.hops.inside, 0
         for rows in mover.inside(copy_mD, hop.copy_m, hop.send_splits, hop.receive_splits, phase):
@@ -79,18 +80,14 @@ class Part:
         sum_mD = add_stage(torch.cat(back), hop.stage)
         for hop in reversed(self.hops.between):
             left = len(sum_mD) - hop.num_received
-            transfer = mover.transfer(sum_mD[left:], hop.receive_splits, hop.send_splits)
+            what = f"{phase}, hop of level {hop.level}"
+            rows = sum_mD[left:]
+            transfer = mover.transfer(rows, hop.receive_splits, hop.send_splits, what)
             for number in range(1, len(mover.nodes)):
                 yield None
-                yield _waiting(mover, transfer, number, hop, phase)
+                yield transfer.start(number)
             sum_mD = add_stage(torch.cat([sum_mD[:left], transfer.received_RD]), hop.stage)
         out_TD[self.tokens].index_copy_(0, self.hops.token_m, sum_mD)
-
-
-def _waiting(mover: Mover, transfer: Transfer, number: int, hop: Hop, phase: Phase) -> Waiting:
-    started = transfer.start(number)
-    where = f"{phase}, hop of level {hop.level}, round {number} between nodes"
-    return lambda: mover.patience.wait(started, where)
 
 
 @dataclass(frozen=True, eq=False)

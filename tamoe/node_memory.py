@@ -92,7 +92,7 @@ class NodeMemory:
         send_splits: Sequence[int],
         receive_splits: Sequence[int],
         patience: Patience,
-        where: str,
+        phase: str,
     ) -> list[torch.Tensor]:
         """Rows from each rank of the node, by rank, to be read before the next swap.
 
@@ -102,9 +102,10 @@ class NodeMemory:
             The last :meth:`outbox`, with rows sorted by the rank that they are for.
         send_splits, receive_splits
             Rows for each rank and from each rank of the group; 0 outside the node.
-        patience, where
+        patience, phase
             How long to wait for the peers, and what an error calls this swap.
         """
+        where = f"{phase}, inside the node"
         blocks = row_nD.split(list(send_splits))
         row_bytes = row_nD.shape[1] * row_nD.element_size()
         shared = row_nD.numel() == 0 or self._holds(row_nD)
@@ -149,17 +150,19 @@ class NodeMemory:
         patience: Patience,
         where: str,
     ) -> None:
-        works = [
-            (dist.irecv(rows, group=self._group, group_src=peer), (peer,))
-            for peer, rows in receives.items()
-            if rows.numel()
-        ]
-        works += [
-            (dist.isend(rows, group=self._group, group_dst=peer), (peer,))
-            for peer, rows in sends.items()
-            if rows.numel()
-        ]
-        patience.wait([(work, peers) for work, peers in works if work is not None], where)
+        works = []
+        for call, rows_of in ((self._receive, receives), (self._send, sends)):
+            for peer, rows in rows_of.items():
+                if rows.numel():
+                    with patience.trying([peer], where):
+                        works.append((call(rows, peer), (peer,)))
+        patience.wait(works, where)
+
+    def _receive(self, rows: torch.Tensor, peer: int) -> dist.Work:
+        return _started(dist.irecv(rows, group=self._group, group_src=peer))
+
+    def _send(self, rows: torch.Tensor, peer: int) -> dist.Work:
+        return _started(dist.isend(rows, group=self._group, group_dst=peer))
 
     # ---- files --------------------------------------------------------------------------------
 
@@ -205,6 +208,11 @@ class NodeMemory:
     def _holds(self, row_nD: torch.Tensor) -> bool:
         begin = self._own.data_ptr()
         return begin <= row_nD.data_ptr() < begin + len(self._own)
+
+
+def _started(work: dist.Work | None) -> dist.Work:
+    assert work is not None  # only for ranks outside the group
+    return work
 
 
 def _mapped(file: int, size: int) -> torch.Tensor:

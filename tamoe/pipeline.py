@@ -8,9 +8,10 @@ adds up and moves rows inside its node.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
-Waiting = Callable[[], None]
+from tamoe.schedules import Waiting
+
 Part = Iterator[Waiting | None]
 
 

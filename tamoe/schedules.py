@@ -7,7 +7,7 @@ uplink is shared by flows to many nodes: on gloo that keeps slow uplinks fuller.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +22,7 @@ from tamoe.waiting import Patience
 
 Schedule = Literal["single", "rounds"]
 Nodes = tuple[tuple[int, ...], ...]
-Started = list[tuple[dist.Work, tuple[int, ...]]]  # transfers and the ranks they are with
+Waiting = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,17 @@ class Mover:
         return frozenset(next(ranks for ranks in self.nodes if self.rank in ranks))
 
     def transfer(
-        self, row_nD: torch.Tensor, send_splits: Sequence[int], receive_splits: Sequence[int]
+        self,
+        row_nD: torch.Tensor,
+        send_splits: Sequence[int],
+        receive_splits: Sequence[int],
+        what: str,
     ) -> Transfer:
-        """Rows to be sent in rounds that the caller starts; not recorded."""
+        """Rows to be sent as the caller starts them; not recorded. Errors call it ``what``."""
         assert self.group is not None
-        return Transfer(row_nD, send_splits, receive_splits, self.group, self._rounds)
+        return Transfer(
+            row_nD, send_splits, receive_splits, self.group, self._rounds, self.patience, what
+        )
 
     def inside(
         self,
@@ -85,13 +91,13 @@ class Mover:
 
         Through shared memory where the node's ranks have it. Read them before the next call.
         """
-        where = f"{phase}, inside the node"
         if self._memory is not None:
             room = self._memory.outbox(len(index_m), row_nD.shape[1], row_nD.dtype)
             torch.index_select(row_nD, 0, index_m, out=room)
-            return self._memory.swap(room, send_splits, receive_splits, self.patience, where)
-        transfer = self.transfer(row_nD.index_select(0, index_m), send_splits, receive_splits)
-        self.patience.wait(transfer.start(0), where)
+            return self._memory.swap(room, send_splits, receive_splits, self.patience, phase)
+        chosen_mD = row_nD.index_select(0, index_m)
+        transfer = self.transfer(chosen_mD, send_splits, receive_splits, phase)
+        transfer.start(0)()
         near = [receive_splits[rank] for rank in sorted(self._near)]
         return list(transfer.received_RD.split(near))
 
@@ -123,17 +129,17 @@ class Mover:
         if self.group is None:
             return row_nD
         with self.recorded(phase, row_nD, [send_splits]):
-            transfer = self.transfer(row_nD, send_splits, receive_splits)
+            transfer = self.transfer(row_nD, send_splits, receive_splits, phase)
             if self.schedule == "single":
-                self.patience.wait(transfer.start_at_once(), f"{phase}, all ranks at once")
+                transfer.start_at_once()()
                 return transfer.received_RD
             # Round 0 runs beside the others: it stays inside the node and must not keep the uplink
             # idle (0.92 to 0.96 of the bound with it first, 0.93 to 0.98 so; emulated, gloo, 4x2
             # at 50 and 200 Mbit/s).
-            inside = transfer.start(0)
+            wait_inside = transfer.start(0)
             for number in range(1, len(self.nodes)):
-                self.patience.wait(transfer.start(number), f"{phase}, round {number} between nodes")
-            self.patience.wait(inside, f"{phase}, inside the node")
+                transfer.start(number)()
+            wait_inside()
             return transfer.received_RD
 
 
@@ -173,6 +179,8 @@ class Transfer:
         Rows for each rank and from each rank.
     group, rounds
         The ranks, and the rounds of this one.
+    patience, what
+        How long to wait for other ranks, and what an error calls this transfer.
     """
 
     def __init__(
@@ -182,32 +190,42 @@ class Transfer:
         receive_splits: Sequence[int],
         group: dist.ProcessGroup,
         rounds: Sequence[Round],
+        patience: Patience,
+        what: str,
     ) -> None:
         self.received_RD = row_nD.new_empty(sum(receive_splits), row_nD.shape[1])
         self._group, self._rounds = group, rounds
+        self._patience, self._what = patience, what
         self._sent_nD = row_nD.contiguous()
         self._splits = list(send_splits), list(receive_splits)
         self._outgoing = self._sent_nD.split(self._splits[0])
         self._incoming = self.received_RD.split(self._splits[1])
 
-    def start_at_once(self) -> Started:
-        """Start everything as one uneven all-to-all."""
+    def start_at_once(self) -> Waiting:
+        """Start everything as one uneven all-to-all; returns a function that waits for it."""
         send_splits, receive_splits = self._splits
-        work = dist.all_to_all_single(
-            self.received_RD,
-            self._sent_nD,
-            receive_splits,
-            send_splits,
-            group=self._group,
-            async_op=True,
-        )
-        rank = dist.get_rank(self._group)
-        return [(work, tuple(peer for peer in range(len(send_splits)) if peer != rank))]
+        rank, where = dist.get_rank(self._group), f"{self._what}, all ranks at once"
+        peers = tuple(peer for peer in range(len(send_splits)) if peer != rank)
+        with self._patience.trying(peers, where):
+            work = dist.all_to_all_single(
+                self.received_RD,
+                self._sent_nD,
+                receive_splits,
+                send_splits,
+                group=self._group,
+                async_op=True,
+            )
+        return lambda: self._patience.wait([(work, peers)], where)
 
-    def start(self, number: int) -> Started:
-        """Start a round; round 0 also copies the rows that this rank keeps."""
+    def start(self, number: int) -> Waiting:
+        """Start a round; returns a function that waits for it.
+
+        Round 0 stays inside the node and also copies the rows that this rank keeps.
+        """
         step = self._rounds[number]
+        where = f"{self._what}, round {number} between nodes"
         if number == 0:
+            where = f"{self._what}, inside the node"
             rank = dist.get_rank(self._group)
             self._incoming[rank].copy_(self._outgoing[rank])
         transfers = [
@@ -219,8 +237,10 @@ class Transfer:
             for call, rows, peer in transfers
             if rows.numel()
         ]
-        works = dist.batch_isend_irecv(operations) if operations else []
         peers = [operation.group_peer for operation in operations]
-        if len(works) == len(peers):
-            return [(work, (peer,)) for work, peer in zip(works, peers, strict=True)]
-        return [(work, tuple(dict.fromkeys(peers))) for work in works]  # joined, as NCCL does
+        with self._patience.trying(dict.fromkeys(peers), where):
+            works = dist.batch_isend_irecv(operations) if operations else []
+        joined = len(works) != len(peers)  # as NCCL does
+        peers_of = [tuple(dict.fromkeys(peers))] * len(works) if joined else [(p,) for p in peers]
+        started = list(zip(works, peers_of, strict=True))
+        return lambda: self._patience.wait(started, where)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -35,15 +36,24 @@ class Patience:
             One failed or took too long; rows may be lost, so the group cannot go on.
         """
         for work, peers in works:
-            try:
+            with self.trying(peers, where):
                 if self.timeout_s is None:
                     work.wait()
                 else:
                     work.wait(timedelta(seconds=self.timeout_s))
-            except RuntimeError as error:
-                ranks = ", ".join(map(str, peers))
-                raise ExchangeError(
-                    f"{self.what}, {where}: no answer from rank {ranks} of the group: {error}. "
-                    f"Rows may be lost; end the job or make a new group",
-                    peers[0] if len(peers) == 1 else None,
-                ) from error
+
+    @contextmanager
+    def trying(self, peers: Iterable[int], where: str) -> Iterator[None]:
+        """Let what torch.distributed raises say where it happened and with whom.
+
+        A transfer can fail when it starts, too: with a rank that is known to be dead.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            ranks = list(peers)
+            raise ExchangeError(
+                f"{self.what}, {where}: failed with rank {', '.join(map(str, ranks))} of the "
+                f"group: {error}. Rows may be lost; end the job or make a new group",
+                ranks[0] if len(ranks) == 1 else None,
+            ) from error
