@@ -52,6 +52,12 @@ class ProbeError(RankError):
     """The probe could not measure what it had to."""
 
 
+class KernelError(TamoeError):
+    """A kernel could not be built, loaded or run."""
+
+    exit_code = 2
+
+
 class StoppedError(TamoeError):
     """The user stopped the run; the message says where the results so far are."""
 
