@@ -38,7 +38,7 @@ __device__ __forceinline__ void store(T* address, const Part<T, count>& part) {
     } else {
         uint4 word;
         memcpy(&word, &part, sizeof(word));
-        *reinterpret_cast<uint4*>(address) = word;
+        port::store_whole(reinterpret_cast<uint4*>(address), word);
     }
 }
 

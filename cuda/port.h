@@ -48,6 +48,13 @@ __device__ __forceinline__ uint4 load_once(const uint4* address) {
     return value;
 }
 
+// A plain store of a uint4 is split up again where the compiler knows how its parts were made.
+__device__ __forceinline__ void store_whole(uint4* address, uint4 value) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(value.x), "r"(value.y),
+                 "r"(value.z), "r"(value.w)
+                 : "memory");
+}
+
 __device__ __forceinline__ void store_release(uint64_t* address, uint64_t value) {
     asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
 }
@@ -97,6 +104,7 @@ inline float add(float a, float b) { return a + b; }
 inline double add(double a, double b) { return a + b; }
 
 inline uint4 load_once(const uint4* address) { return *address; }
+inline void store_whole(uint4* address, uint4 value) { *address = value; }
 
 // A flag is where another process may go on, so the CPU is offered to it.
 inline void store_release(uint64_t* address, uint64_t value) {

@@ -104,7 +104,7 @@ def find_nvcc() -> str:
 
 def nvcc_version(nvcc: str) -> tuple[int, int]:
     """Major and minor version; :class:`KernelError` if it is too old or says none."""
-    text = _run([nvcc, "--version"])
+    text = run_tool([nvcc, "--version"])
     found = re.search(r"release (\d+)\.(\d+)", text)
     if found is None:
         raise KernelError(f"{nvcc} --version names no release: {text.strip()[-200:]!r}")
@@ -119,7 +119,7 @@ def nvcc_version(nvcc: str) -> tuple[int, int]:
 
 def check_architectures(nvcc: str, architectures: Sequence[str]) -> None:
     """Raise if a name is no architecture, or one that this nvcc does not know."""
-    known = re.findall(r"sm_\d+[a-z]?", _run([nvcc, "--list-gpu-code"]))
+    known = re.findall(r"sm_\d+[a-z]?", run_tool([nvcc, "--list-gpu-code"]))
     for architecture in architectures:
         if not re.fullmatch(r"sm_\d+[a-z]?", architecture):
             raise InputError(f"architecture is {architecture!r}; allowed: such as sm_90")
@@ -180,7 +180,9 @@ def build_shim(*, sanitize: bool = False, folder: Path | None = None, optimise: 
     """Library that runs the kernels on the CPU, for tests; of another folder's sources if given."""
     gxx = find_gxx()
     flags = [*GXX_FLAGS, f"-O{optimise}", *GXX_WARNINGS, *(SANITIZERS if sanitize else ())]
-    return _cached("shim", [gxx, *flags, "-shared", "-x", "c++"], _run([gxx, "--version"]), folder)
+    return _cached(
+        "shim", [gxx, *flags, "-shared", "-x", "c++"], run_tool([gxx, "--version"]), folder
+    )
 
 
 def write_ptx(folder: Path, architecture: str = "compute_90") -> list[Path]:
@@ -232,7 +234,7 @@ def _compile(command: Sequence[str], output: Path) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=".build-") as folder:
             built = Path(folder) / output.name
-            _run([*command, "-o", str(built)])
+            run_tool([*command, "-o", str(built)])
             os.replace(built, output)
     except OSError as error:
         raise KernelError(
@@ -240,7 +242,8 @@ def _compile(command: Sequence[str], output: Path) -> None:
         ) from None
 
 
-def _run(command: Sequence[str]) -> str:
+def run_tool(command: Sequence[str]) -> str:
+    """What a program printed, both streams; :class:`KernelError` if it fails."""
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
     except FileNotFoundError:

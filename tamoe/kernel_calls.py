@@ -15,6 +15,7 @@ import torch
 
 from tamoe import plain_ops
 from tamoe.kernel_library import TOO_LARGE, KernelLibrary, for_gpu
+from tamoe.summation import accumulation_dtype
 from tamoe.topology.errors import KernelError
 
 _SCHEMAS = (
@@ -246,7 +247,7 @@ def _fake_combine_backward(
     index_J: torch.Tensor,
     weight_J: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    wide = plain_ops.accumulation_dtype(grad_SD.dtype)
+    wide = accumulation_dtype(grad_SD.dtype)
     terms = 0 if weight_J is None else index_J.shape[0]
     return row_nD.new_empty(row_nD.shape), grad_SD.new_empty(terms, dtype=wide)
 
