@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(threads)
 }
 
 template <class T, int count>
-__global__ void __launch_bounds__(threads, 4)  // 64 registers; fewer would spill
+__global__ void __launch_bounds__(threads, 4)
     grad_weight_kernel(const T* __restrict__ grad, const T* __restrict__ row, int64_t num_rows,
                        const int64_t* __restrict__ offset, const int64_t* __restrict__ index, int64_t num_terms,
                        typename Wide<T>::type* __restrict__ grad_weight, int64_t num_sums, int64_t width) {
@@ -135,6 +135,7 @@ __global__ void __launch_bounds__(threads, 4)  // 64 registers; fewer would spil
             const int64_t from = index[j];
             if (from < 0 || from >= num_rows) port::refuse("a term's index is out of range");
             W dot = 0;
+#pragma unroll 2  // more would not fit the registers
             for (int64_t column = lane * count; column < width; column += port::warp_size * count) {
                 const Part<T, count> a = load<T, count>(grad + s * width + column);
                 const Part<T, count> b = load<T, count>(row + from * width + column);

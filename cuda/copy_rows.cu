@@ -1,31 +1,10 @@
 // Pack and copy-on-arrival: rows from one place to another, a warp a row.
-#include "port.h"
+#include "copy_row.h"
 
 namespace {
 
 constexpr int threads = 256;
 constexpr int warps = threads / port::warp_size;
-constexpr int in_flight = 4;  // loads before the first store, to hide their latency
-
-template <class Word>
-__device__ __forceinline__ Word load(const Word* address) {
-    return *address;
-}
-
-__device__ __forceinline__ uint4 load(const uint4* address) { return port::load_once(address); }
-
-template <class Word>
-__device__ __forceinline__ void copy_row(const Word* from, Word* to, int64_t words, int lane) {
-    int64_t word = lane;
-    for (; word + (in_flight - 1) * port::warp_size < words; word += in_flight * port::warp_size) {
-        Word part[in_flight];
-#pragma unroll
-        for (int i = 0; i < in_flight; ++i) part[i] = load(from + word + i * port::warp_size);
-#pragma unroll
-        for (int i = 0; i < in_flight; ++i) to[word + i * port::warp_size] = part[i];
-    }
-    for (; word < words; word += port::warp_size) to[word] = load(from + word);
-}
 
 template <class Word>
 __global__ void __launch_bounds__(threads)
@@ -41,7 +20,7 @@ __global__ void __launch_bounds__(threads)
         if (from >= num_in || to >= num_out) port::refuse("a row's index is out of range");
         if (to < 0) continue;
         if (from >= 0) {
-            copy_row(in + from * words, out + to * words, words, lane);
+            rows::copy(in + from * words, out + to * words, words, lane);
         } else {
             for (int64_t word = lane; word < words; word += port::warp_size) out[to * words + word] = Word{};
         }

@@ -62,3 +62,20 @@ TAMOE_API int tamoe_combine_backward(int dtype, const void* grad, const void* ro
                                      const int64_t* offset, const int64_t* index, int64_t num_terms,
                                      const void* weight, void* grad_row, void* grad_weight, int64_t num_sums,
                                      int64_t width, void* stream);
+
+// Rows straight into the receive buffers of peers, which this process has mapped. Each peer's memory is a
+// header of tamoe_peer_header_bytes, zeroed once, then capacity_rows rows. Rows arrive by sender, each
+// sender's in its order; where they go is worked out on the device, from counts that the peers exchange.
+//   memory          [num_peers] addresses, on the host, of every peer's memory as mapped here; own included
+//   epoch           1, 2, 3, ... the same at every peer: the number of this exchange
+//   source          [num_copies] row of each copy, or null for 0, 1, 2, ...; sorted by target peer
+//   send_count      [num_peers] rows for each peer; rows behind their sum are not sent
+//   received_count  [num_peers] rows that came from each peer
+//   status          [1] 0; p + 1 when peer p did not answer in time; -p - 1 when peer p's buffer is too small
+// Received rows must be read on the same stream before the next exchange starts.
+#define TAMOE_MAX_PEERS 64
+TAMOE_API int64_t tamoe_peer_header_bytes(int64_t num_peers);
+TAMOE_API int tamoe_peer_store(void* const* memory, int64_t num_peers, int64_t me, uint64_t epoch, const void* row,
+                               const int64_t* source, int64_t num_rows, int64_t num_copies, int64_t row_bytes,
+                               int64_t capacity_rows, const int64_t* send_count, int64_t* received_count,
+                               int64_t* status, uint64_t timeout_ns, void* stream);

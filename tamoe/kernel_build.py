@@ -48,7 +48,7 @@ def sources(folder: Path | None = None) -> list[Path]:
     ['combine.cu', 'copy_rows.cu']
     """
     folder = folder or source_folder()
-    found = sorted(path for path in folder.glob("*") if path.suffix in (".cu", ".cuh", ".h"))
+    found = sorted(path for path in folder.glob("*") if path.suffix in (".cu", ".h"))
     if not found:
         raise KernelError(f"no kernel sources in {folder}; reinstall tamoe")
     return found
@@ -171,18 +171,26 @@ def build_cuda(
         codes.append(f"arch=compute_{numbers[-1]},code=compute_{numbers[-1]}")
     flags = [*NVCC_FLAGS, *(part for code in codes for part in ("-gencode", code))]
     if output is not None:
-        _compile([nvcc, *flags, "-shared", *_units(None)], output)
+        _compile([nvcc, *flags, "-shared", *_units()], output)
         return output
-    return _cached("cuda", [nvcc, *flags, "-shared"], f"nvcc {version[0]}.{version[1]}", None)
+    command = [nvcc, *flags, "-shared"]
+    return _cached("-cuda.so", command, f"nvcc {version[0]}.{version[1]}", sources())
 
 
 def build_shim(*, sanitize: bool = False, folder: Path | None = None, optimise: int = 2) -> Path:
-    """Library that runs the kernels on the CPU, for tests; of another folder's sources if given."""
+    """Library that runs the kernels on the CPU, for tests; of another folder's sources if given.
+
+    Each file is compiled by itself, so that only what changed is compiled again.
+    """
     gxx = find_gxx()
-    flags = [*GXX_FLAGS, f"-O{optimise}", *GXX_WARNINGS, *(SANITIZERS if sanitize else ())]
-    return _cached(
-        "shim", [gxx, *flags, "-shared", "-x", "c++"], run_tool([gxx, "--version"]), folder
-    )
+    version = run_tool([gxx, "--version"])
+    shared = [*GXX_FLAGS, *(SANITIZERS if sanitize else ())]
+    compile_unit = [gxx, *shared, f"-O{optimise}", *GXX_WARNINGS, "-x", "c++", "-c"]
+    files = sources(folder)
+    headers = [path for path in files if path.suffix == ".h"]
+    units = [path for path in files if path.suffix == ".cu"]
+    objects = [_cached(".o", compile_unit, version, [unit, *headers]) for unit in units]
+    return _cached("-shim.so", [gxx, *shared, "-shared"], version, objects)
 
 
 def write_ptx(folder: Path, architecture: str = "compute_90") -> list[Path]:
@@ -191,7 +199,7 @@ def write_ptx(folder: Path, architecture: str = "compute_90") -> list[Path]:
     nvcc_version(nvcc)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for unit in _units(None):
+    for unit in _units():
         output = folder / f"{Path(unit).stem}.ptx"
         _compile([nvcc, *NVCC_FLAGS, f"-arch={architecture}", "-ptx", unit], output)
         written.append(output)
@@ -202,21 +210,21 @@ def _number(name: str) -> int:
     return int(re.sub(r"\D", "", name))
 
 
-def _units(folder: Path | None) -> list[str]:
-    return [str(path) for path in sources(folder) if path.suffix == ".cu"]
+def _units() -> list[str]:
+    return [str(path) for path in sources() if path.suffix == ".cu"]
 
 
-def _cached(kind: str, command: list[str], compiler: str, folder: Path | None) -> Path:
+def _cached(suffix: str, command: list[str], compiler: str, files: list[Path]) -> Path:
+    """What a command makes of files, from the cache or made now; headers count for the key only."""
     digest = hashlib.sha256("\0".join([compiler, *command]).encode())
-    for path in sources(folder):
+    for path in files:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    cache = cache_folder()
-    library = cache / f"{kind}-{digest.hexdigest()[:24]}.so"
-    if not library.exists():
-        with _locked(library.with_suffix(".lock")):
-            if not library.exists():  # another process may have built it meanwhile
-                _compile([*command, *_units(folder)], library)
-    return library
+    output = cache_folder() / f"{digest.hexdigest()[:24]}{suffix}"
+    if not output.exists():
+        with _locked(output.with_suffix(".lock")):
+            if not output.exists():  # another process may have built it meanwhile
+                _compile([*command, *(str(path) for path in files if path.suffix != ".h")], output)
+    return output
 
 
 @contextlib.contextmanager
@@ -252,5 +260,7 @@ def run_tool(command: Sequence[str]) -> str:
         raise KernelError(f"{command[0]} took more than {TIMEOUT_S} s") from None
     if result.returncode:
         text = (result.stderr or result.stdout).strip()
+        named = [line for line in text.splitlines() if re.search(r"error|warning", line)]
+        text = "\n".join(named) or text  # ptxas -v has a hundred lines that are neither
         raise KernelError(f"{' '.join(command)} failed:\n{text[-4000:]}")
     return result.stdout + result.stderr

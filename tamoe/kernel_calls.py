@@ -50,7 +50,7 @@ def library_of(tensor: torch.Tensor) -> KernelLibrary | None:
     return for_gpu(f"sm_{major}{minor}")
 
 
-class _Call:
+class KernelCall:
     """One call of a kernel: makes tensors fit for it and keeps them until it is queued."""
 
     def __init__(self, library: KernelLibrary, beside: torch.Tensor) -> None:
@@ -92,7 +92,7 @@ def _build_index(
 ) -> tuple[torch.Tensor, ...]:
     library = library_of(expert_index_TK)
     if library is not None:
-        call = _Call(library, expert_index_TK)
+        call = KernelCall(library, expert_index_TK)
         if expert_index_TK.dtype not in (torch.int32, torch.int64):
             expert_index_TK = expert_index_TK.to(torch.int32)
         num_tokens, top_k = expert_index_TK.shape
@@ -128,7 +128,7 @@ def _copy_rows_(
     if library is None:
         return plain_ops.copy_rows_(out_MD, row_nD, source_m, target_m)
     index_m = source_m if source_m is not None else target_m
-    call = _Call(library, out_MD)
+    call = KernelCall(library, out_MD)
     call.run(
         "copy_rows",
         call.ready(row_nD),
@@ -158,7 +158,7 @@ def _combine(
     if library is None:
         return plain_ops.combine(row_nD, offset_S1, index_J, weight_J)
     out_SD = _fake_combine(row_nD, offset_S1, index_J, weight_J)
-    call = _Call(library, row_nD)
+    call = KernelCall(library, row_nD)
     call.run(
         "combine",
         _DTYPES[row_nD.dtype],
@@ -189,7 +189,7 @@ def _combine_backward(
     )
     grad_row_nD.zero_()
     grad_weight_J.zero_()
-    call = _Call(library, grad_SD)
+    call = KernelCall(library, grad_SD)
     call.run(
         "combine_backward",
         _DTYPES[grad_SD.dtype],

@@ -29,6 +29,7 @@ from tamoe.topology.errors import KernelError
 # Which kernels must load and store 16 bytes in one instruction; a weight's gradient only loads.
 WIDE = {
     "copy_rows_kernel<uint4>": (True, True),
+    "store_kernel<uint4>": (True, True),
     **{
         f"{kernel}_kernel<{element}, {weighted}>": (True, True)
         for kernel in ("combine", "grad_row")
@@ -39,6 +40,12 @@ WIDE = {
         f"grad_weight_kernel<{element}>": (True, False)
         for element in ("float, 4", "double, 2", "__nv_bfloat16, 8", "__half, 8")
     },
+}
+# Which kernels must wait for flags, and raise them, in an order that other devices see.
+ORDERED = {
+    "post_kernel": (False, True),
+    "wait_kernel": (True, False),
+    **{f"store_kernel<{word}>": (True, True) for word in ("uint8", "uint32", "uint4")},
 }
 
 
@@ -107,7 +114,13 @@ def problems(facts: Sequence[KernelFacts]) -> list[str]:
             found.append(
                 f"{name} has {fact.wide_loads} loads and {fact.wide_stores} stores of 16 bytes"
             )
-    missing = set(WIDE) - {fact.kernel for fact in facts}
+        loads, stores = ORDERED.get(fact.kernel, (False, False))
+        if (loads and fact.system_loads == 0) or (stores and fact.system_stores == 0):
+            found.append(
+                f"{name} has {fact.system_loads} loads and {fact.system_stores} stores that are "
+                f"ordered against other devices"
+            )
+    missing = (set(WIDE) | set(ORDERED)) - {fact.kernel for fact in facts}
     if missing:
         found.append(f"there is no {', '.join(sorted(missing))}")
     return found

@@ -21,6 +21,7 @@ from tamoe.topology.errors import KernelError
 
 ABI = 1
 TOO_LARGE = -2
+MAX_PEERS = 64
 RELEASED = "libtamoe.so"  # beside the sources, in a release's wheel
 
 _pointer, _int, _long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
@@ -37,6 +38,16 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "copy_rows": (
         _int,
         [_pointer, _long, _pointer, _long, _pointer, _pointer, _long, _long, _pointer],
+    ),
+    "peer_header_bytes": (_long, [_long]),
+    "peer_store": (
+        _int,
+        [
+            *[_pointer, _long, _long, ctypes.c_uint64],  # memory, peers, me, epoch
+            *[_pointer, _pointer, *[_long] * 4],  # row, source, sizes
+            *[_pointer] * 3,  # counts, status
+            *[ctypes.c_uint64, _pointer],  # timeout, stream
+        ],
     ),
     "combine": (
         _int,
