@@ -126,7 +126,7 @@ inline uint64_t clock_ns() {
     return static_cast<uint64_t>(now.tv_sec) * 1000000000u + static_cast<uint64_t>(now.tv_nsec);
 }
 
-[[noreturn]] inline void refuse(const char* message) { shim::fail(message); }
+inline void refuse(const char* message) { shim::fail(message); }
 
 inline int clear(void* address, size_t bytes, void*) {
     std::memset(address, 0, bytes);

@@ -17,6 +17,9 @@
 #ifdef TAMOE_SHIM_UCONTEXT
 #include <ucontext.h>
 #endif
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace shim {
 
@@ -42,7 +45,12 @@ inline Stack take_stack() {
     return stack;
 }
 
-inline void return_stack(Stack stack) { stacks.free.push_back(stack); }
+inline void return_stack(Stack stack) {
+#ifdef __SANITIZE_ADDRESS__
+    __asan_unpoison_memory_region(stack, stack_bytes);  // a fiber that failed left its marks
+#endif
+    stacks.free.push_back(stack);
+}
 
 #ifdef TAMOE_SHIM_UCONTEXT
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import shutil
 from collections.abc import Iterator
 
@@ -19,6 +20,9 @@ needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not i
 
 @functools.cache
 def shim() -> KernelLibrary:
+    """With TAMOE_TEST_SANITIZE set, the one that names what it does wrong to memory."""
+    if os.environ.get("TAMOE_TEST_SANITIZE"):
+        return load(build_shim(sanitize=True, optimise=1))
     return load(build_shim())
 
 
