@@ -78,8 +78,8 @@ def _compare(library: KernelLibrary, case: Sums) -> None:
 
 
 def check_peers(library: KernelLibrary) -> None:
-    """Three processes exchange rows that tell their sender, epoch and place, 300 times."""
-    ranks, width, most, rounds = 3, 12, 9, 300
+    """Three processes exchange rows that tell their sender, epoch and place, 100 times."""
+    ranks, width, most, rounds = 3, 12, 9, 100
     capacity = ranks * most
     header = library.code("peer_header_bytes", ranks)
     stride = (header + capacity * width * 4 + 4095) // 4096 * 4096

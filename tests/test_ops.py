@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -22,7 +24,8 @@ from tests.op_cases import (
 from tests.shim_library import SEEDS, needs_gxx, on_shim
 
 seeds = st.sampled_from(SEEDS)
-often = settings(max_examples=150, deadline=None)
+# The sanitizers look at the same kernels once more; a part of the cases will do.
+often = settings(max_examples=40 if os.environ.get("TAMOE_TEST_SANITIZE") else 120, deadline=None)
 
 
 def combined(case: Sums) -> torch.Tensor:
