@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -36,11 +39,41 @@ def test_cuda_is_not_a_package() -> None:
     assert not (ROOT / "cuda" / "__init__.py").exists()
 
 
+def test_every_kernel_source_is_shipped() -> None:
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    patterns = config["package-data"]["tamoe.cuda"]
+    listing = subprocess.run(["git", "ls-files", "cuda"], cwd=ROOT, capture_output=True, text=True)
+    names = {Path(name).name for name in listing.stdout.split()} or {"port.h", "combine.cu"}
+    missed = {n for n in names if not any(fnmatch(n, pattern) for pattern in patterns)}
+    assert missed <= {"README.md"}
+    assert "*.so" in patterns, "a release carries its library"
+
+
+def test_a_wheel_holds_what_compiles_the_kernels(tmp_path: Path) -> None:
+    """Built from a copy, so that nothing is left in the tree; installed nowhere."""
+    copy = tmp_path / "source"
+    shutil.copytree(
+        ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns(".git", ".venv", "build", "*.so")
+    )
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", str(tmp_path)]
+    result = subprocess.run([*command, str(copy)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    sources = {
+        f"tamoe/cuda/{p.name}" for p in (ROOT / "cuda").iterdir() if p.suffix in (".cu", ".h")
+    }
+    assert len(sources) >= 9 and sources <= names
+
+
 def test_importing_tamoe_loads_nothing_heavy() -> None:
     assert loaded_after("import tamoe, tamoe.topology, tamoe.solver") == set()
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["solve", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["solve", "--help"], ["kernels", "build", "--help"], ["--version"]],
+)
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     code = (
         f"from tamoe.cli import main\ntry:\n    main({arguments!r})\nexcept SystemExit:\n    pass"

@@ -56,6 +56,12 @@ class ExchangeError(RankError):
     """Ranks could not finish an exchange; the message names it, the hop and the peers."""
 
 
+class KernelError(TamoeError):
+    """A kernel could not be built, loaded or run."""
+
+    exit_code = 2
+
+
 class StoppedError(TamoeError):
     """The user stopped the run; the message says where the results so far are."""
 

@@ -1,0 +1,149 @@
+"""The kernels' C interface, bound with ctypes: one library serves every Python and torch.
+
+A GPU's library is looked for in this order: the file that ``$TAMOE_KERNELS`` names, the one that a
+release carries in ``cuda/``, the cache, and a build with nvcc. ``TAMOE_KERNELS=off`` uses none.
+Where there is none, a warning says why and the plain PyTorch implementations run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import threading
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tamoe.kernel_build import build_cuda, source_folder
+from tamoe.topology.errors import KernelError
+
+ABI = 1
+TOO_LARGE = -2
+MAX_PEERS = 64
+RELEASED = "libtamoe.so"  # beside the sources, in a release's wheel
+
+_pointer, _int, _long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "abi": (_int, []),
+    "message": (ctypes.c_char_p, [_int]),
+    "use_device": (_int, [_int]),
+    "shim_seed": (_int, [ctypes.c_uint64]),
+    "build_index_workspace": (_long, [_long] * 3),
+    "build_index": (
+        _int,
+        [_pointer, _int, _long, _long, _long, _pointer, _long, *[_pointer] * 8],
+    ),
+    "copy_rows": (
+        _int,
+        [_pointer, _long, _pointer, _long, _pointer, _pointer, _long, _long, _pointer],
+    ),
+    "peer_header_bytes": (_long, [_long]),
+    "peer_store": (
+        _int,
+        [
+            *[_pointer, _long, _long, ctypes.c_uint64],  # memory, peers, me, epoch
+            *[_pointer, _pointer, *[_long] * 4],  # row, source, sizes
+            *[_pointer] * 3,  # counts, status
+            *[ctypes.c_uint64, _pointer],  # timeout, stream
+        ],
+    ),
+    "combine": (
+        _int,
+        [
+            _int,
+            _pointer,
+            _long,
+            _pointer,
+            _pointer,
+            _long,
+            _pointer,
+            _pointer,
+            _long,
+            _long,
+            _pointer,
+        ],
+    ),
+    "combine_backward": (
+        _int,
+        [
+            _int,
+            _pointer,
+            _pointer,
+            _long,
+            _pointer,
+            _pointer,
+            _long,
+            *[_pointer] * 3,
+            _long,
+            _long,
+            _pointer,
+        ],
+    ),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class KernelLibrary:
+    """A loaded library; ``functions`` are its C functions by name, without the prefix."""
+
+    path: Path
+    functions: dict[str, Any]
+
+    def code(self, name: str, *arguments: Any) -> int:
+        """Call a function and return its code."""
+        return int(self.functions[name](*arguments))
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """Call a function; :class:`KernelError` with its message unless it returns 0."""
+        code = self.code(name, *arguments)
+        if code:
+            raise KernelError(f"kernel {name} failed ({code}): {self.message(code)}")
+
+    def message(self, code: int) -> str:
+        """What a code means."""
+        text: bytes = self.functions["message"](code)
+        return text.decode(errors="replace")
+
+
+def load(path: Path) -> KernelLibrary:
+    """Load a library; :class:`KernelError` if it cannot be, or has another interface."""
+    try:
+        handle = ctypes.CDLL(str(path))
+        functions = {}
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(handle, f"tamoe_{name}")
+            function.restype, function.argtypes = result, arguments
+            functions[name] = function
+    except (OSError, AttributeError) as error:
+        raise KernelError(f"cannot load the kernels from {path}: {error}") from None
+    abi = int(functions["abi"]())
+    if abi != ABI:
+        raise KernelError(f"{path} has interface {abi}; allowed: {ABI}. Build it from this tamoe")
+    return KernelLibrary(path, functions)
+
+
+_lock = threading.Lock()
+
+
+def for_gpu(architecture: str) -> KernelLibrary | None:
+    """Library for a GPU's architecture, such as ``"sm_90"``, or None with a warning."""
+    with _lock:
+        return _for_gpu(architecture, os.environ.get("TAMOE_KERNELS", ""))
+
+
+@functools.cache
+def _for_gpu(architecture: str, chosen: str) -> KernelLibrary | None:
+    if chosen == "off":
+        return None
+    released = source_folder() / RELEASED
+    try:
+        if chosen:
+            return load(Path(chosen))
+        return load(released if released.exists() else build_cuda([architecture]))
+    except KernelError as error:
+        warnings.warn(
+            f"tamoe's kernels are not used, plain PyTorch is: {error}", RuntimeWarning, stacklevel=2
+        )
+        return None

@@ -1,0 +1,189 @@
+"""What each kernel does, in plain PyTorch: the CPU's path, the fallback, and the tests' reference.
+
+No loop runs over single tokens or rows. On a GPU some of these wait for the device; the kernels
+never do. Shape suffixes: T tokens, K choices, N experts or rows, G groups, D hidden size, M rows of
+an output, m rows copied, S sums, J terms of all sums.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tamoe.summation import accumulation_dtype
+
+CHUNK_NUMBERS = 64 * 1024  # of float32, 256 kB: some of them fit the second-level cache
+
+
+def build_index(
+    expert_index_TK: torch.Tensor,
+    num_experts: int,
+    group_of_expert_N: torch.Tensor | None,
+    num_groups: int,
+) -> tuple[torch.Tensor, ...]:
+    """Stable order of choices by expert, counts, and the tokens that touch each group."""
+    num_tokens, top_k = expert_index_TK.shape
+    index_TK = expert_index_TK.to(torch.int64)
+    kept_TK = (index_TK >= 0) & (index_TK < num_experts)
+    refused = (~kept_TK & (index_TK != -1)).sum()
+    key = torch.where(kept_TK, index_TK, num_experts).flatten()
+    count_N = _counts(key, num_experts)
+    order = torch.argsort(key, stable=True)
+    sorted_key = key[order]
+    choice = torch.where(sorted_key < num_experts, order, -1)
+    if group_of_expert_N is None:
+        return choice, count_N, refused, *(key.new_empty(0) for _ in range(3))
+    # One more group holds what was dropped, and is cut off at the end.
+    group_N1 = torch.cat([group_of_expert_N.to(torch.int64), key.new_tensor([num_groups])])
+    token = torch.arange(num_tokens, device=key.device).repeat_interleave(top_k)
+    touched_GT = torch.zeros(num_groups + 1, num_tokens, dtype=torch.bool, device=key.device)
+    touched_GT[group_N1[key], token] = True
+    touched_GT = touched_GT[:num_groups]
+    touch_count_G = touched_GT.sum(1)
+    row_GT = touched_GT.cumsum(1) - 1
+    found = touched_GT.nonzero()[:, 1]
+    touch_token = key.new_full((num_tokens * min(top_k, num_groups),), -1)
+    touch_token[: len(found)] = found
+    row = row_GT[group_N1[sorted_key].clamp_max(num_groups - 1), token[order]]
+    touch_row = torch.where(sorted_key < num_experts, row, -1)
+    return choice, count_N, refused, touch_token, touch_count_G, touch_row
+
+
+def _counts(key: torch.Tensor, num_experts: int) -> torch.Tensor:
+    count = torch.zeros(num_experts + 1, dtype=torch.int64, device=key.device)
+    return count.scatter_add_(0, key, torch.ones_like(key))[:num_experts]
+
+
+def copy_rows_(
+    out_MD: torch.Tensor,
+    row_nD: torch.Tensor,
+    source_m: torch.Tensor | None,
+    target_m: torch.Tensor | None,
+) -> None:
+    """``out[target[m]] = row[source[m]]``; zeros for a negative source, nothing for a target."""
+    if target_m is not None and bool((target_m < 0).any()):
+        stored = (target_m >= 0).nonzero().flatten()
+        source_m = stored if source_m is None else source_m[stored]
+        target_m = target_m[stored]
+    if source_m is not None and bool((source_m < 0).any()):
+        copied = source_m >= 0
+        place_m = (
+            torch.arange(len(source_m), device=out_MD.device) if target_m is None else target_m
+        )
+        out_MD.index_fill_(0, place_m[~copied], 0)
+        source_m, target_m = source_m[copied], place_m[copied]
+    if target_m is None:
+        if source_m is None:
+            out_MD[: len(row_nD)].copy_(row_nD)
+        else:
+            torch.index_select(row_nD, 0, source_m, out=out_MD[: len(source_m)])
+        return
+    if len(target_m) == len(out_MD) and row_nD.device.type == "cpu":
+        # Every row is stored once: writing in order is faster than reading in order.
+        place = torch.arange(len(target_m)) if source_m is None else source_m.to(torch.int64)
+        source_M = torch.full((len(out_MD),), -1).index_copy_(0, target_m.to(torch.int64), place)
+        if not bool((source_M < 0).any()):  # else targets are not distinct
+            torch.index_select(row_nD, 0, source_M, out=out_MD)
+            return
+    out_MD.index_copy_(
+        0, target_m.to(torch.int64), row_nD if source_m is None else row_nD[source_m]
+    )
+
+
+def combine(
+    row_nD: torch.Tensor,
+    offset_S1: torch.Tensor,
+    index_J: torch.Tensor,
+    weight_J: torch.Tensor | None,
+) -> torch.Tensor:
+    """Sums of rows times weights, term by term in the given order; weights in the wide dtype.
+
+    Sums are taken from the longest to the shortest, so that those with a term at some position are
+    the first ones, and a few at a time, so that they stay in the CPU's cache.
+    """
+    wide, narrow = accumulation_dtype(row_nD.dtype), row_nD.dtype
+    num_sums, width = len(offset_S1) - 1, row_nD.shape[1]
+    out_SD = torch.zeros(num_sums, width, dtype=narrow, device=row_nD.device)
+    length_S, first_S = offset_S1.diff(), offset_S1[:-1]
+    if num_sums == 0 or int(length_S.max()) == 0:
+        return out_SD
+    order_S = None
+    if int(length_S.min()) != int(length_S.max()):
+        order_S = torch.argsort(length_S, descending=True, stable=True)
+        first_S = first_S[order_S]
+    longer = num_sums - torch.bincount(length_S).cumsum(0)[:-1]  # sums longer than 0, 1, 2, ...
+    longer_than: list[int] = longer.tolist()
+    size = _chunk(num_sums, width, row_nD.device)
+    parts = [torch.empty(size, width, dtype=dtype, device=row_nD.device) for dtype in (wide,) * 2]
+    narrow_part = torch.empty(size, width, dtype=narrow, device=row_nD.device)
+    for start in range(0, longer_than[0], size):
+        chunk = min(size, num_sums - start)
+        in_place = order_S is None and narrow == wide
+        sum_sD = out_SD[start : start + chunk] if in_place else parts[0][:chunk].zero_()
+        for position, number in enumerate(longer_than):
+            active = min(number - start, chunk)
+            if active <= 0:
+                break
+            j_m = first_S[start : start + active] + position
+            term_mD = sum_sD[:active] if position == 0 else parts[1][:active]
+            drawn_mD = term_mD if narrow == wide else narrow_part[:active]
+            torch.index_select(row_nD, 0, index_J[j_m], out=drawn_mD)
+            if narrow != wide:
+                term_mD.copy_(drawn_mD)
+            if weight_J is not None:
+                term_mD.mul_(weight_J[j_m].unsqueeze(1))
+                if narrow != wide:
+                    term_mD.copy_(drawn_mD.copy_(term_mD))  # rounded
+            if position > 0:
+                sum_sD[:active].add_(term_mD)
+        if order_S is not None:
+            out_SD.index_copy_(0, order_S[start : start + chunk], sum_sD.to(narrow))
+        elif not in_place:
+            out_SD[start : start + chunk] = sum_sD
+    return out_SD
+
+
+def _chunk(rows: int, width: int, device: torch.device) -> int:
+    """Rows to work on at once: on the CPU as many as fit its second-level cache."""
+    return max(16, CHUNK_NUMBERS // max(width, 1)) if device.type == "cpu" else max(rows, 1)
+
+
+def combine_backward(
+    grad_SD: torch.Tensor,
+    row_nD: torch.Tensor,
+    offset_S1: torch.Tensor,
+    index_J: torch.Tensor,
+    weight_J: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of the rows, 0 for those in no sum, and of the weights (empty without).
+
+    Rows are taken in their own order, each with the sum that it is a term of: reads and writes
+    are then in order too.
+    """
+    wide, device = accumulation_dtype(grad_SD.dtype), grad_SD.device
+    num_rows, width = row_nD.shape
+    first, end = (int(offset) for offset in offset_S1[[0, -1]])
+    index_j = index_J[first:end].to(torch.int64)
+    sum_j = torch.arange(len(offset_S1) - 1, device=device).repeat_interleave(
+        offset_S1.diff(), output_size=end - first
+    )
+    sum_n = torch.full((num_rows,), -1, device=device).index_copy_(0, index_j, sum_j)
+    grad_row_nD = torch.empty_like(row_nD)
+    unused_n = sum_n < 0
+    if weight_J is None:
+        copy_rows_(grad_row_nD, grad_SD, sum_n, None)
+        return grad_row_nD, grad_SD.new_empty(0, dtype=wide)
+    grad_weight_J = torch.zeros_like(weight_J)
+    if end == first:
+        return grad_row_nD.zero_(), grad_weight_J
+    weight_n = torch.zeros(num_rows, dtype=wide, device=device)
+    weight_n.index_copy_(0, index_j, weight_J[first:end])
+    grad_weight_n = torch.empty_like(weight_n)
+    for rows in torch.arange(num_rows, device=device).split(_chunk(num_rows, width, device)):
+        part = slice(int(rows[0]), int(rows[-1]) + 1)
+        grad_mD = grad_SD.index_select(0, sum_n[part].clamp_min(0)).to(wide)
+        grad_weight_n[part] = (grad_mD * row_nD[part]).sum(1)
+        grad_row_nD[part] = grad_mD.mul_(weight_n[part].unsqueeze(1))
+    if bool(unused_n.any()):
+        grad_row_nD[unused_n] = 0
+    grad_weight_J[first:end] = grad_weight_n[index_j]
+    return grad_row_nD, grad_weight_J

@@ -1,0 +1,172 @@
+"""Rows stored into the memory of other processes: the right ones, in order, round after round."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tamoe import ops
+from tamoe.peer_store import PeerStore
+from tamoe.topology import InputError, run_ranks
+from tamoe.topology.errors import KernelError, RankTimeoutError
+from tests.shim_library import needs_gxx, on_shim, shim
+
+pytestmark = [needs_gxx, pytest.mark.ranks]
+ROUNDS = 1000
+
+
+def revealing(sender: int, epoch: int, count: int, width: int) -> torch.Tensor:
+    """Rows that tell who sent them, when, and which they are."""
+    number = torch.arange(count * width).view(count, width)
+    return ((number + epoch * 7919 + sender * 104729) % 65521).to(torch.int32)
+
+
+def counts_of(epoch: int, ranks: int, most: int) -> torch.Tensor:
+    """``[P, P]`` rows from each rank to each other: the same on every rank, often 0."""
+    generator = torch.Generator().manual_seed(epoch)
+    return torch.randint(-2, most, (ranks, ranks), generator=generator).clamp_min(0)
+
+
+def exchange_rounds(rank: int, rounds: int, width: int, seed: int) -> int:
+    ranks, most = dist.get_world_size(), 5
+    moved = 0
+    with on_shim(seed):
+        store = PeerStore(
+            None, capacity_rows=ranks * most, width=width, dtype=torch.int32, timeout_s=60
+        )
+        for epoch in range(1, rounds + 1):
+            count_PP = counts_of(epoch, ranks, most)
+            total = int(count_PP[rank].sum())
+            row_ND = revealing(rank, epoch, total, width)
+            source = None
+            if epoch % 2:  # every other time out of order, through the index
+                source = torch.randperm(total)
+                row_ND = torch.empty_like(row_ND).index_copy_(0, source, row_ND)
+            received = store.exchange(row_ND, count_PP[rank], source)
+            store.check()
+            assert torch.equal(received, count_PP[:, rank])
+            start = 0
+            for sender in range(ranks):
+                sent = revealing(sender, epoch, int(count_PP[sender].sum()), width)
+                mine = sent.split(count_PP[sender].tolist())[rank]
+                got = store.buffer_RD[start : start + len(mine)]
+                assert torch.equal(got, mine), (epoch, sender)
+                start += len(mine)
+            moved += start
+    return moved
+
+
+@pytest.mark.parametrize(
+    ("ranks", "rounds", "width", "seed"),
+    [(2, ROUNDS, 36, 0), (4, ROUNDS, 36, 1), (3, 100, 5, 2), (2, 50, 0, 3), (1, 50, 64, 0)],
+)
+def test_every_row_arrives_in_order(ranks, rounds, width, seed):
+    shim()  # built once, not by every rank
+    moved = run_ranks(ranks, exchange_rounds, rounds, width, seed, timeout_s=200)
+    expected = sum(counts_of(epoch, ranks, 5) for epoch in range(1, rounds + 1))
+    assert moved == expected.sum(0).tolist()
+
+
+def dispatch_and_combine(rank: int) -> None:
+    """The stage of an exchange that stays in the node: index, pack and store, back, sum."""
+    ranks, tokens, top_k, width = dist.get_world_size(), 37, 3, 24
+    num_experts = 2 * ranks
+    with on_shim():
+        stores = [
+            PeerStore(None, capacity_rows=ranks * tokens * top_k, width=width, dtype=torch.bfloat16)
+            for _ in range(2)
+        ]
+        torch.manual_seed(rank)
+        x_TD = torch.randn(tokens, width).to(torch.bfloat16)
+        index_TK = torch.rand(tokens, num_experts).argsort(1)[:, :top_k]
+        built = ops.build_index(index_TK, num_experts)
+        send_P = built.count_N.view(ranks, -1).sum(1)
+        received_P = stores[0].exchange(x_TD, send_P, built.choice // top_k)
+        row_RD = stores[0].buffer_RD[: int(received_P.sum())] * 2
+        stores[1].exchange(row_RD, received_P)
+        order = torch.argsort(built.choice // top_k, stable=True)
+        out_TD = ops.combine(stores[1].buffer_RD, torch.arange(tokens + 1) * top_k, order)
+        for store in stores:
+            store.check()
+    assert torch.equal(out_TD, (x_TD.float() * 2 * top_k).to(torch.bfloat16))
+
+
+def test_a_dispatch_and_its_way_back():
+    shim()
+    run_ranks(3, dispatch_and_combine)
+
+
+def one_rank_stays_away(rank: int) -> str:
+    with on_shim():
+        store = PeerStore(None, capacity_rows=4, width=2, dtype=torch.float32, timeout_s=0.5)
+        send = torch.ones(3, dtype=torch.int64)
+        store.exchange(torch.zeros(3, 2), send)
+        store.check()
+        dist.barrier()
+        if rank == 2:
+            time.sleep(2)
+            return "away"
+        store.exchange(torch.zeros(3, 2), send)
+        with pytest.raises(RankTimeoutError) as caught:
+            store.check()
+        assert caught.value.rank == 2
+        return str(caught.value)
+
+
+def test_a_rank_that_stays_away_is_named():
+    shim()
+    messages = run_ranks(3, one_rank_stays_away)
+    assert messages[0] == (
+        "rank 2 of the node did not answer rank 0 within 0.5 s in exchange 2 of peer stores"
+    )
+    assert messages[2] == "away"
+
+
+def too_many_rows(rank: int) -> str:
+    with on_shim():
+        store = PeerStore(None, capacity_rows=3, width=16, dtype=torch.float32, timeout_s=5)
+        guard = store.buffer_RD.clone().fill_(7)
+        store.buffer_RD.copy_(guard)
+        store.exchange(torch.ones(2, 16), torch.tensor([2, 0]))  # rank 0 would get 4
+        with pytest.raises(InputError) as caught:
+            store.check()
+        if rank == 1:
+            assert torch.equal(store.buffer_RD, guard)
+        return str(caught.value)
+
+
+def test_a_buffer_that_is_too_small_is_named_by_every_rank():
+    shim()
+    for message in run_ranks(2, too_many_rows):
+        assert message == (
+            "rank 0 of the node would receive more rows than capacity_rows, 3; allow for more"
+        )
+
+
+def refusals(rank: int) -> None:
+    with pytest.raises(KernelError, match="no kernels for cpu"):
+        PeerStore(None, capacity_rows=1, width=1, dtype=torch.float32)
+    with on_shim():
+        with pytest.raises(InputError, match="capacity_rows is -1"):
+            PeerStore(None, capacity_rows=-1, width=1, dtype=torch.float32)
+        store = PeerStore(None, capacity_rows=1, width=2, dtype=torch.float32)
+        one = torch.ones(1, dtype=torch.int64)
+        for row, send, source, message in (
+            (torch.zeros(1, 3), one, None, r"row_ND is torch.float32 of shape \(1, 3\)"),
+            (torch.zeros(1, 2).half(), one, None, "row_ND is torch.float16"),
+            (torch.zeros(1, 2), one.int(), None, "send_count_P is torch.int32"),
+            (torch.zeros(1, 2), torch.ones(2).long(), None, r"shape \(2,\); allowed: .*, \[1\]"),
+            (torch.zeros(1, 2), one, torch.zeros(1), "source_n is torch.float32"),
+        ):
+            with pytest.raises(InputError, match=message):
+                store.exchange(row, send, source)
+        with pytest.raises(KernelError, match="index is out of range"):
+            store.exchange(torch.zeros(1, 2), one, torch.tensor([1]))
+
+
+def test_what_is_refused():
+    shim()
+    run_ranks(1, refusals)
