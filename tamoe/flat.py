@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from tamoe.precision import dot, weigh
 from tamoe.record import Phase
 from tamoe.schedules import Mover
-from tamoe.summation import SumPlan, accumulation_dtype, add_up, plan_sum, weigh
+from tamoe.summation import SumPlan, add_up, plan_sum
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +150,7 @@ class _Combine(torch.autograd.Function):
         if weight_n is None:
             return add_up(row_nD, route.sum_plan)
         ctx.save_for_backward(row_nD, weight_n)
-        return add_up(weigh(row_nD, weight_n), route.sum_plan)
+        return add_up(row_nD, route.sum_plan, weight_n)
 
     @staticmethod
     @once_differentiable
@@ -161,9 +162,3 @@ class _Combine(torch.autograd.Function):
             grad_weight_n = dot(grad_nD, row_nD).to(weight_n.dtype)
             grad_nD = weigh(grad_nD, weight_n)
         return ctx.route.send(grad_nD, "combine_backward"), grad_weight_n, None
-
-
-def dot(a_nD: torch.Tensor, b_nD: torch.Tensor) -> torch.Tensor:
-    """Dot product of each pair of rows, ``[n]`` in the accumulation dtype."""
-    wide = accumulation_dtype(a_nD.dtype)
-    return (a_nD.to(wide) * b_nD.to(wide)).sum(1)

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from tamoe.flat import arrangement, dot
+from tamoe.flat import arrangement
 from tamoe.pipeline import run_in_turns
+from tamoe.precision import accumulation_dtype, dot, weigh
 from tamoe.record import Phase
 from tamoe.relay_route import (
     Hop,
@@ -31,7 +32,7 @@ from tamoe.relay_route import (
 from tamoe.schedules import Mover, Waiting
 from tamoe.shares import Share, counts_of_parts
 from tamoe.solver.relays import Relays
-from tamoe.summation import accumulation_dtype, add_stage, weigh
+from tamoe.summation import add_stage
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ import torch
 
 from tamoe import plain_ops
 from tamoe.kernel_library import TOO_LARGE, KernelLibrary, for_gpu
-from tamoe.summation import accumulation_dtype
+from tamoe.precision import accumulation_dtype
 from tamoe.topology.errors import KernelError
 
 _SCHEMAS = (

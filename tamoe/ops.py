@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from tamoe import kernel_calls
-from tamoe.summation import accumulation_dtype
+from tamoe.precision import accumulation_dtype
 from tamoe.topology.errors import InputError, whole
 
 ROW_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from tamoe.summation import accumulation_dtype
+from tamoe.precision import accumulation_dtype
 
 CHUNK_NUMBERS = 64 * 1024  # of float32, 256 kB: some of them fit the second-level cache
 

@@ -16,17 +16,20 @@ from dataclasses import dataclass
 
 import torch
 
+from tamoe.ops import combine
+from tamoe.precision import weigh
+
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """Adds rows up to partial sums. Segments inside one pass are distinct, so it is exact anywhere.
+    """Adds rows up to partial sums: terms ``offset_m1[m]`` to ``offset_m1[m + 1] - 1`` of each.
 
-    ``first_m`` is the row that starts each sum; each pass of ``more`` holds the sums that have a
-    further term and the rows that are those terms.
+    ``index_n`` is the row of each term; ``first_m`` the row that starts each sum.
     """
 
+    offset_m1: torch.Tensor
+    index_n: torch.Tensor
     first_m: torch.Tensor
-    more: tuple[tuple[torch.Tensor, torch.Tensor], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,15 +39,6 @@ class SumPlan:
     stages: tuple[Stage, ...]
     token_m: torch.Tensor
     num_tokens: int
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, else float32.
-
-    >>> accumulation_dtype(torch.bfloat16)
-    torch.float32
-    """
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def plan_sum(
@@ -108,32 +102,28 @@ def plan_stage(sum_n: torch.Tensor, lower_n: torch.Tensor, num_lower: int) -> St
     sorted_n = sum_n[order_n]
     starts_n = torch.ones_like(sorted_n, dtype=torch.bool)
     starts_n[1:] = sorted_n[1:] != sorted_n[:-1]
-    first_m = starts_n.nonzero().flatten()
-    segment_n = starts_n.cumsum(0) - 1
-    position_n = torch.arange(len(sum_n), device=sum_n.device) - first_m[segment_n]
-    passes = []
-    for position in range(1, 1 + int(position_n.max()) if len(sum_n) else 0):
-        chosen = (position_n == position).nonzero().flatten()
-        passes.append((segment_n[chosen], order_n[chosen]))
-    return Stage(order_n[first_m], tuple(passes))
+    offset_m = starts_n.nonzero().flatten()
+    end = offset_m.new_tensor([len(sum_n)])
+    return Stage(torch.cat([offset_m, end]), order_n, order_n[offset_m])
 
 
-def add_up(row_nD: torch.Tensor, plan: SumPlan) -> torch.Tensor:
-    """Sum of each token's rows in the canonical order, ``[T, D]`` in the rows' dtype."""
+def add_up(
+    row_nD: torch.Tensor, plan: SumPlan, weight_n: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Sum of each token's rows in the canonical order, ``[T, D]`` in the rows' dtype.
+
+    With weights, every row is multiplied by its own and rounded before it is added.
+    """
     for stage in plan.stages:
-        row_nD = add_stage(row_nD, stage)
+        row_nD, weight_n = add_stage(row_nD, stage, weight_n), None
+    if weight_n is not None:  # no token has two rows
+        row_nD = weigh(row_nD, weight_n)
     return row_nD.new_zeros(plan.num_tokens, row_nD.shape[1]).index_copy_(0, plan.token_m, row_nD)
 
 
-def add_stage(row_nD: torch.Tensor, stage: Stage) -> torch.Tensor:
+def add_stage(
+    row_nD: torch.Tensor, stage: Stage, weight_n: torch.Tensor | None = None
+) -> torch.Tensor:
     """Sums of one stage, made in the accumulation dtype and rounded to the rows' dtype."""
-    sum_mD = row_nD[stage.first_m].to(accumulation_dtype(row_nD.dtype))
-    for segment, row in stage.more:
-        sum_mD.index_add_(0, segment, row_nD[row].to(sum_mD.dtype))
-    return sum_mD.to(row_nD.dtype)
-
-
-def weigh(row_nD: torch.Tensor, weight_n: torch.Tensor) -> torch.Tensor:
-    """Rows times their weights, made in the accumulation dtype and rounded to the rows' dtype."""
-    wide = accumulation_dtype(row_nD.dtype)
-    return (row_nD.to(wide) * weight_n.to(wide).unsqueeze(1)).to(row_nD.dtype)
+    weight_J = None if weight_n is None else weight_n[stage.index_n]
+    return combine(row_nD, stage.offset_m1, stage.index_n, weight_J)

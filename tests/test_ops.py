@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from tamoe import ops
-from tamoe.summation import add_up, plan_sum, weigh
+from tamoe.precision import weigh
+from tamoe.summation import add_up, plan_sum
 from tamoe.topology.errors import InputError, KernelError
 from tests.op_cases import (
     Sums,

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from hypothesis import given, settings, strategies as st
 
+from tamoe.precision import weigh
 from tamoe.schedules import rounds_of
 from tamoe.solver.relays import sum_groups
-from tamoe.summation import add_up, plan_sum, weigh
+from tamoe.summation import add_up, plan_sum
 from tamoe.topology import Topology
 
 
