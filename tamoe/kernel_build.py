@@ -177,7 +177,7 @@ def build_cuda(
     return _cached("-cuda.so", command, f"nvcc {version[0]}.{version[1]}", sources())
 
 
-def build_shim(*, sanitize: bool = False, folder: Path | None = None, optimise: int = 2) -> Path:
+def build_shim(*, sanitize: bool = False, folder: Path | None = None, optimise: int = 1) -> Path:
     """Library that runs the kernels on the CPU, for tests; of another folder's sources if given.
 
     Each file is compiled by itself, so that only what changed is compiled again.
