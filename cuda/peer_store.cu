@@ -47,7 +47,10 @@ __device__ __forceinline__ bool wait_for(const uint64_t* flag, const Peers& peer
 __global__ void __launch_bounds__(max_peers)
     post_kernel(Peers peers, const int64_t* __restrict__ send_count, int64_t* __restrict__ status) {
     const int peer = static_cast<int>(threadIdx.x);
-    if (peer == 0) *status = 0;
+    if (peer == 0) {
+        *status = 0;
+        *peers.words(peers.me) = 0;  // blocks that an exchange without an answer left uncounted
+    }
     if (peer >= peers.count) return;
     int64_t* there = peers.counts(peer, peers.me);
     for (int i = 0; i < peers.count; ++i) there[i] = send_count[i];

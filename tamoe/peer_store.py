@@ -127,7 +127,7 @@ class PeerStore:
         return received_count_P
 
     def check(self) -> None:
-        """Wait for the last exchange and raise if it failed.
+        """Wait for the last exchange and raise if it failed; what was received is then not whole.
 
         Raises
         ------

@@ -22,7 +22,7 @@ needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not i
 def shim() -> KernelLibrary:
     """With TAMOE_TEST_SANITIZE set, the one that names what it does wrong to memory."""
     if os.environ.get("TAMOE_TEST_SANITIZE"):
-        return load(build_shim(sanitize=True, optimise=1))
+        return load(build_shim(sanitize=True))
     return load(build_shim())
 
 

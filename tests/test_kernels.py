@@ -269,10 +269,11 @@ def test_ptx_of_every_unit(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @needs_nvcc
 def test_static_check(capsys):
-    """The oldest, the most used and the newest; ``tamoe kernels check`` takes all seven."""
-    wanted = [word for sm in ("sm_75", "sm_90", "sm_120") for word in ("--arch", sm)]
+    """The most used and the newest, to save time; ``tamoe kernels check`` takes all seven."""
+    wanted = [word for sm in ("sm_90", "sm_120") for word in ("--arch", sm)]
     code, out, err = run(capsys, "check", *wanted, "--json")
     assert code == 0, err
     facts = json.loads(out)
@@ -323,7 +324,7 @@ def kernel_check_names() -> set[str]:
 
 @pytest.fixture(scope="module")
 def sanitized() -> Callable[..., subprocess.CompletedProcess[str]]:
-    build_shim(sanitize=True, optimise=1)  # here: a compiler does not start under the preload
+    build_shim(sanitize=True)  # here: a compiler does not start under the preload
 
     def run_tests(*arguments: str) -> subprocess.CompletedProcess[str]:
         files = [
@@ -344,6 +345,7 @@ def sanitized() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @needs_gxx
 def test_kernels_under_the_sanitizers(sanitized):
     chosen = "kernel or address or unaligned or experts or nan"
@@ -353,6 +355,7 @@ def test_kernels_under_the_sanitizers(sanitized):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # it compiles some 25 files; a busy machine took 6 minutes
 @needs_gxx
 def test_planted_bugs_are_caught():
     result = subprocess.run(

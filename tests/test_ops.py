@@ -251,8 +251,12 @@ def test_opcheck(native):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("native", [False, pytest.param(True, marks=needs_gxx)])
-def test_compiled_without_a_break(native):
+@needs_gxx
+@pytest.mark.timeout(900)  # a busy machine's compiler
+@pytest.mark.parametrize(
+    ("native", "backend"), [(False, "inductor"), (False, "aot_eager"), (True, "aot_eager")]
+)
+def test_compiled_without_a_break(native, backend):
     row_nD, offset, index, weight = arguments(torch.float32)
     packed_m = torch.tensor([6, 2, 2, 0, 5, 1, 3])
 
@@ -261,7 +265,7 @@ def test_compiled_without_a_break(native):
 
     results = []
     with on_shim() if native else torch.enable_grad():
-        for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        for function in (step, torch.compile(step, fullgraph=True, backend=backend)):
             out = function(row_nD, weight)
             results.append((out, *torch.autograd.grad(out.sum(), (row_nD, weight))))
     for eager, compiled in zip(*results, strict=True):
