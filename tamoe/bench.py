@@ -166,5 +166,5 @@ def _bound(topology: Topology, bytes_PP: np.ndarray) -> tuple[float, float, floa
         load_L = topology.incidence @ moved_PP.ravel()
         time_L = np.maximum((load_L - burst_L) / bandwidth_L, 0.0)
         times.append(float(time_L.max()))
-        loads.append(float(load_L[time_L.argmax()]))
+        loads.append(float(load_L[np.lexsort((load_L, time_L))[-1]]))
     return times[0], times[1], max(loads)

@@ -60,6 +60,8 @@ def run_bench(
             "--cluster and --topology: give one; a cluster to emulate, or the topology file of "
             "the running job"
         )
+    if output.suffix == ".png":
+        raise InputError(f"--output is {str(output)!r}; allowed: a name for JSON, such as b.json")
     if output.is_dir() or not output.parent.is_dir():
         raise InputError(f"--output is {str(output)!r}; allowed: a file in a folder that is there")
     settings = [
@@ -176,7 +178,8 @@ def save_bench_figure(scores: Sequence[Score], label: str, cluster: str, path: P
     FigureCanvasAgg(figure)
     share, speed = figure.subplots(1, 2)
     colours = {"flat single": "#999999", "flat rounds": "#0072b2", "hierarchical": "#d55e00"}
-    markers = dict(zip(sorted({s.setting.top_k for s in scores}), "os^Dv<>p", strict=False))
+    top_ks = sorted({score.setting.top_k for score in scores})
+    markers = dict(zip(top_ks, itertools.cycle("os^Dv<>p"), strict=False))
     by_setting = itertools.groupby(scores, key=lambda score: dataclasses.astuple(score.setting))
     for _, group in by_setting:
         rows = list(group)

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.distributed as dist
 
 from tamoe.agreement import Header, RefusedValues, exchange_counts, layout_code
 from tamoe.flat import FlatRoute, plan_flat
-from tamoe.groups import group_rank, group_size, process_group
+from tamoe.groups import group_rank, group_size, process_group, works_by_gloo
 from tamoe.handle import Handle, deal_locally, input_problem, sort_keys
 from tamoe.hierarchical import RelayRoute, plan_relays
 from tamoe.record import note_counts, timed
@@ -45,6 +44,7 @@ class _Asked:
     key: torch.Tensor  # expert of each flat choice, N where dropped
     refused: torch.Tensor  # nonzero where an index is not allowed
     weight_TK: torch.Tensor | None
+    num_parts: int
 
     def sorted_choices(
         self, key: torch.Tensor, num_kept: int
@@ -65,7 +65,8 @@ class Exchange:
     before it is added.
 
     A dispatch needs one host round trip for counts, two where a rank has to be told more than 55
-    (flat: the experts of a rank; hierarchical: those of a node, and twice the nodes); combine and
+    counts (flat: the experts of a rank; hierarchical: those of a node and twice the nodes, for each
+    part); combine and
     the backward passes need none. All ranks must call dispatch and combine, and run backward,
     equally often and in the same order, also ranks without tokens.
 
@@ -93,7 +94,7 @@ class Exchange:
         links between nodes, the one before is worked on inside them. ``"auto"``: as many as suit
         the tokens of the dispatch before, 1 for the first. Results do not depend on it.
     timeout_s
-        Seconds, > 0, that a rank waits for others before it raises; None: the group's timeout.
+        Seconds, > 0, that each wait for others takes at most; None: the group's timeout.
 
     Raises
     ------
@@ -159,20 +160,18 @@ class Exchange:
         self._mover = Mover(moves, self.nodes, self.rank, self.schedule, patience)
         self._groups = sum_groups(topology) if self.kind != "none" else ()
         self._relays = make_relays(self.rank, self.nodes, self._groups)
-        parts = self.chunks if self.kind == "hierarchical" else ""
-        self._layout = layout_code(f"{self.kind}{parts}", self.schedule, self.nodes)
         self._most_tokens = 0  # of a rank, in the dispatch before; the same on all ranks
 
     def _best_schedule(self) -> Schedule:
         if self.group is None or len(self.nodes) == 1:
             return "single"
-        return "rounds" if "gloo" in dist.get_backend(self.group) else "single"
+        return "rounds" if works_by_gloo(self.group) else "single"
 
     def __repr__(self) -> str:
         return f"Exchange(kind={self.kind!r}, schedule={self.schedule!r}, nodes={self.nodes})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Exchange:
-        return self  # no state of its own, and process groups cannot be copied
+        return self  # process groups cannot be copied
 
     # ---- dispatch and combine -----------------------------------------------------------------
 
@@ -210,6 +209,7 @@ class Exchange:
             On every rank, before rows move: a shape, dtype or index that is not allowed on one of
             them, or dtype, hidden size, K, N, need for gradients or schedule that differ.
         """
+        num_parts = self._num_parts(x_TD)
         problem = input_problem(x_TD, expert_index_TK, weight_TK, num_experts, self.num_ranks)
         header = Header(
             dtype=x_TD.dtype,
@@ -218,7 +218,7 @@ class Exchange:
             num_experts=num_experts,
             requires_grad=torch.is_grad_enabled() and x_TD.requires_grad,
             weighted=self._weighted(weight_TK),
-            layout=self._layout,
+            layout=layout_code(f"{self.kind}/{num_parts}", self.schedule, self.nodes),
             num_tokens=len(x_TD) if x_TD.ndim else 0,
             problem=problem,
         )
@@ -227,7 +227,7 @@ class Exchange:
         key, refused = sort_keys(expert_index_TK, num_experts)
         plan = {"flat": self._flat, "hierarchical": self._relayed, "none": self._kept}[self.kind]
         try:
-            route, sent_N, received_PE = plan(_Asked(header, key, refused, weight_TK))
+            route, sent_N, received_PE = plan(_Asked(header, key, refused, weight_TK, num_parts))
         except RefusedValues:
             raise InputError(
                 f"expert_index_TK holds {int(expert_index_TK.min())} to "
@@ -235,6 +235,7 @@ class Exchange:
                 f"dropped choice"
             ) from None
         note_counts(sent_N)
+        row_RD, weight = route.dispatch(x_TD)
         handle = Handle(
             num_tokens=len(x_TD),
             top_k=header.top_k,
@@ -244,8 +245,9 @@ class Exchange:
             sent_counts_N=tuple(sent_N),
             received_counts_PE=tuple(map(tuple, received_PE)),
             route=route,
+            weight=weight,
         )
-        return route.dispatch(x_TD), handle
+        return row_RD, handle
 
     def combine(self, row_RD: torch.Tensor, handle: Handle) -> torch.Tensor:
         """Return the experts' outputs to their tokens and add them up with their weights.
@@ -273,7 +275,7 @@ class Exchange:
                 f"row_RD is {row_RD.dtype} of shape {tuple(row_RD.shape)}; allowed: {handle.dtype} "
                 f"of shape {expected}, as dispatched. Experts must keep shape and dtype"
             )
-        return handle.route.combine(row_RD)
+        return handle.route.combine(row_RD, handle.weight)
 
     # ---- planning -----------------------------------------------------------------------------
 
@@ -304,7 +306,7 @@ class Exchange:
     def _relayed(self, asked: _Asked) -> _Planned:
         relays, header = self._relays, asked.header
         num_local = header.num_experts // self.num_ranks
-        cut = cut_tokens(asked.key, header.top_k, num_local, self._num_parts(header), relays)
+        cut = cut_tokens(asked.key, header.top_k, num_local, asked.num_parts, relays)
         word_PW, parents = describe_parts(cut, relays)
         sent_PW, received_PW = self._counts(asked, word_PW)
         shares = make_shares(cut, parents, sent_PW, received_PW, relays)
@@ -313,11 +315,13 @@ class Exchange:
         route = plan_relays(self._mover, relays, shares, weight_n, header.dtype)
         return route, [count for counts_E in sent_PE for count in counts_E], received_PE
 
-    def _num_parts(self, header: Header) -> int:
+    def _num_parts(self, x_TD: torch.Tensor) -> int:
+        if self.kind != "hierarchical":
+            return 1
         if self.chunks != "auto":
             return self.chunks
-        rows = self._most_tokens * header.hidden_size * header.dtype.itemsize
-        return min(max(rows // PART_BYTES, 1), MOST_PARTS)
+        row_bytes = x_TD.shape[-1] * x_TD.dtype.itemsize if x_TD.ndim else 0
+        return min(max(self._most_tokens * row_bytes // PART_BYTES, 1), MOST_PARTS)
 
     def _kept(self, asked: _Asked) -> _Planned:
         """Every rank works on its own rows, dealt in turn to its experts."""

@@ -31,14 +31,14 @@ class FlatRoute:
     sum_plan: SumPlan
     weight_n: torch.Tensor | None  # factor of each row, with its graph
 
-    def dispatch(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """Rows of this rank's experts, ``[R, D]``."""
+    def dispatch(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Rows of this rank's experts, ``[R, D]``, and the weights that combine is to get."""
         row_RD: torch.Tensor = _Dispatch.apply(x_TD, self)
-        return row_RD
+        return row_RD, self.weight_n
 
-    def combine(self, row_RD: torch.Tensor) -> torch.Tensor:
+    def combine(self, row_RD: torch.Tensor, weight_n: torch.Tensor | None) -> torch.Tensor:
         """Sums of the experts' outputs, ``[T, D]``."""
-        out_TD: torch.Tensor = _Combine.apply(row_RD, self.weight_n, self)
+        out_TD: torch.Tensor = _Combine.apply(row_RD, weight_n, self)
         return out_TD
 
     def send(self, row_nD: torch.Tensor, phase: Phase) -> torch.Tensor:
@@ -149,7 +149,7 @@ class _Combine(torch.autograd.Function):
         row_nD = route.send_back(row_RD.contiguous(), "combine")
         if weight_n is None:
             return add_up(row_nD, route.sum_plan)
-        ctx.save_for_backward(row_nD, weight_n)
+        ctx.save_for_backward(row_nD if ctx.needs_input_grad[1] else None, weight_n)
         return add_up(row_nD, route.sum_plan, weight_n)
 
     @staticmethod
@@ -159,6 +159,7 @@ class _Combine(torch.autograd.Function):
         grad_weight_n = None
         if ctx.weighted:
             row_nD, weight_n = ctx.saved_tensors
-            grad_weight_n = dot(grad_nD, row_nD).to(weight_n.dtype)
+            if row_nD is not None:
+                grad_weight_n = dot(grad_nD, row_nD).to(weight_n.dtype)
             grad_nD = weigh(grad_nD, weight_n)
         return ctx.route.send(grad_nD, "combine_backward"), grad_weight_n, None

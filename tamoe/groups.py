@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 
 from tamoe.topology.errors import InputError
@@ -88,3 +89,11 @@ def group_size(group: Group = None) -> int:
     """
     resolved = process_group(group)
     return 1 if resolved is None else dist.get_world_size(resolved)
+
+
+def works_by_gloo(group: ProcessGroup) -> bool:
+    """Whether the group moves CPU tensors with gloo, whatever else it does for other devices."""
+    try:
+        return "gloo" in group._get_backend(torch.device("cpu")).name()
+    except RuntimeError:  # no backend for the CPU
+        return False

@@ -29,6 +29,7 @@ class Handle:
     sent_counts_N: tuple[int, ...]  # rows of this rank for each expert, as routed
     received_counts_PE: tuple[tuple[int, ...], ...]  # rows by source rank and local expert
     route: FlatRoute | RelayRoute  # how the rows travel
+    weight: torch.Tensor | None  # factors of rows, where the route applies them, with their graph
 
     @property
     def counts_E(self) -> tuple[int, ...]:

@@ -100,18 +100,18 @@ class RelayRoute:
     num_rows: int
     parts: tuple[Part, ...]
     weights: Weights | None
-    _sent: list[torch.Tensor | None]  # the weights as the experts' ranks got them, with the graph
 
-    def dispatch(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """Rows of this rank's experts, ``[R, D]``."""
+    def dispatch(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Rows of this rank's experts, ``[R, D]``, and their weights, for combine."""
         weight_n = None if self.weights is None else self.weights.weight_n
         row_RD: torch.Tensor
-        row_RD, self._sent[0] = _Dispatch.apply(x_TD, weight_n, self)
-        return row_RD
+        weight_R: torch.Tensor | None
+        row_RD, weight_R = _Dispatch.apply(x_TD, weight_n, self)
+        return row_RD, weight_R
 
-    def combine(self, row_RD: torch.Tensor) -> torch.Tensor:
+    def combine(self, row_RD: torch.Tensor, weight_R: torch.Tensor | None) -> torch.Tensor:
         """Sums of the experts' outputs, ``[T, D]``."""
-        out_TD: torch.Tensor = _Combine.apply(row_RD, self._sent[0], self)
+        out_TD: torch.Tensor = _Combine.apply(row_RD, weight_R, self)
         return out_TD
 
     def send(self, x_TD: torch.Tensor, phase: Phase) -> torch.Tensor:
@@ -213,7 +213,7 @@ def plan_relays(
         for number, share in enumerate(shares)
     )
     num_tokens = sum(share.copies.num_tokens for share in shares)
-    return RelayRoute(mover, num_tokens, sum(map(sum, received_PE)), parts, weights, [None])
+    return RelayRoute(mover, num_tokens, sum(map(sum, received_PE)), parts, weights)
 
 
 class _Dispatch(torch.autograd.Function):
@@ -225,7 +225,12 @@ class _Dispatch(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         ctx.route = route
         row_RD = route.send(x_TD, "dispatch")
-        return row_RD, None if route.weights is None else route.weights.weight_R.clone()
+        weight_R = None if route.weights is None else route.weights.weight_R.clone()
+        if not ctx.needs_input_grad[0]:
+            ctx.mark_non_differentiable(row_RD)
+        if weight_R is not None and not ctx.needs_input_grad[1]:
+            ctx.mark_non_differentiable(weight_R)
+        return row_RD, weight_R
 
     @staticmethod
     @once_differentiable
@@ -262,7 +267,7 @@ class _Combine(torch.autograd.Function):
         ctx.route, ctx.weighted = route, weight_R is not None
         if weight_R is None:
             return route.send_back(row_RD.contiguous(), "combine")
-        ctx.save_for_backward(row_RD, weight_R)
+        ctx.save_for_backward(row_RD if ctx.needs_input_grad[1] else None, weight_R)
         return route.send_back(weigh(row_RD, weight_R), "combine")
 
     @staticmethod
@@ -272,4 +277,4 @@ class _Combine(torch.autograd.Function):
         if not ctx.weighted:
             return grad_RD, None, None
         row_RD, weight_R = ctx.saved_tensors
-        return weigh(grad_RD, weight_R), dot(grad_RD, row_RD), None
+        return weigh(grad_RD, weight_R), None if row_RD is None else dot(grad_RD, row_RD), None

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import nn
 
-from tamoe.exchange import Exchange, Kind
+from tamoe.exchange import Exchange
 from tamoe.groups import process_group
 from tamoe.routing import Routing
 from tamoe.scope import mark_scope
@@ -97,7 +97,7 @@ class MoE(nn.Module):
         *,
         num_experts: int,
         group: Group = None,
-        exchange: Exchange | Kind = "auto",
+        exchange: Exchange | Literal["auto", "flat", "none"] = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -198,7 +198,7 @@ class MoE(nn.Module):
         return f"num_experts={self.num_experts}, num_experts_per_rank={self.num_experts_per_rank}"
 
 
-def _exchange(exchange: Exchange | Kind, group: Group) -> Exchange:
+def _exchange(exchange: Exchange | Literal["auto", "flat", "none"], group: Group) -> Exchange:
     if not isinstance(exchange, Exchange):
         return Exchange(group=group, kind=exchange)
     if group is not None and process_group(group) is not exchange.group:

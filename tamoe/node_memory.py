@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.distributed as dist
@@ -30,7 +30,7 @@ class NodeMemory:
     """The outboxes of this rank and of the other ranks of its node; see :meth:`connect`."""
 
     def __init__(self, group: dist.ProcessGroup, rank: int, near: Sequence[int]) -> None:
-        self._group, self._rank = group, rank
+        self._group_of, self._rank = ref(group), rank  # no cycle: the group keeps this alive
         self._peers = [peer for peer in near if peer != rank]
         self._file = -1
         self._own = torch.empty(0, dtype=torch.uint8)
@@ -65,16 +65,18 @@ class NodeMemory:
         where = "shared memory of the node"
         memory = cls(group, rank, near)
         path = memory._made()
-        name = torch.zeros(_PATH_BYTES, dtype=torch.uint8)
-        name[: len(path)] = torch.tensor(list(path.encode()), dtype=torch.uint8)
-        names = memory._told(dict.fromkeys(memory._peers, name), patience, where)
-        works = bool(path)
-        for peer in memory._peers:
-            works = memory._opened(peer, names[peer]) and works
-        answer = torch.tensor([int(works)])
-        said = memory._told(dict.fromkeys(memory._peers, answer), patience, where)
-        if path:
-            os.unlink(path)  # whoever opened it keeps it; nothing is left behind
+        try:
+            name = torch.zeros(_PATH_BYTES, dtype=torch.uint8)
+            name[: len(path)] = torch.tensor(list(path.encode()), dtype=torch.uint8)
+            names = memory._told(dict.fromkeys(memory._peers, name), patience, where)
+            works = bool(path)
+            for peer in memory._peers:
+                works = memory._opened(peer, names[peer]) and works
+            answer = torch.tensor([int(works)])
+            said = memory._told(dict.fromkeys(memory._peers, answer), patience, where)
+        finally:
+            if path:
+                os.unlink(path)  # whoever opened it keeps it; nothing is left behind
         return memory if works and all(int(answer) for answer in said.values()) else None
 
     def outbox(self, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
@@ -159,10 +161,10 @@ class NodeMemory:
         patience.wait(works, where)
 
     def _receive(self, rows: torch.Tensor, peer: int) -> dist.Work:
-        return _started(dist.irecv(rows, group=self._group, group_src=peer))
+        return _started(dist.irecv(rows, group=self._group_of(), group_src=peer))
 
     def _send(self, rows: torch.Tensor, peer: int) -> dist.Work:
-        return _started(dist.isend(rows, group=self._group, group_dst=peer))
+        return _started(dist.isend(rows, group=self._group_of(), group_dst=peer))
 
     # ---- files --------------------------------------------------------------------------------
 
@@ -191,7 +193,7 @@ class NodeMemory:
         The half that peers may still read stays as it is: the new second half begins behind it.
         """
         wanted = -(-num_bytes // _ALIGNED_BYTES) * _ALIGNED_BYTES
-        half = max(wanted, len(self._own))
+        half = max(wanted, len(self._own) // 2 if self._begin else len(self._own))
         try:
             os.posix_fallocate(self._file, 0, 2 * half)
             self._own = _mapped(self._file, 2 * half)

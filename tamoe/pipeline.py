@@ -16,7 +16,7 @@ Part = Iterator[Waiting | None]
 
 
 def turns(num_parts: int, num_hops: int) -> list[int]:
-    """Whose hop is next on the slow links; a part's own hops are never next to each other.
+    """Whose hop is next on the slow links; a part's own hops are apart if there are others.
 
     >>> turns(3, 1), turns(3, 2)
     ([0, 1, 2], [0, 1, 2, 0, 1, 2])

@@ -23,4 +23,6 @@ def weigh(row_nD: torch.Tensor, weight_n: torch.Tensor) -> torch.Tensor:
 def dot(a_nD: torch.Tensor, b_nD: torch.Tensor) -> torch.Tensor:
     """Dot product of each pair of rows, ``[n]`` in the accumulation dtype."""
     wide = accumulation_dtype(a_nD.dtype)
+    if len(a_nD) == 1:  # torch adds up a single long row in another order, by several threads
+        return dot(a_nD.expand(2, -1), b_nD.expand(2, -1))[:1]
     return (a_nD.to(wide) * b_nD.to(wide)).sum(1)

@@ -25,8 +25,9 @@ PHASES: tuple[Phase, ...] = (
 class ExchangeRecord:
     """Sums over all exchanges of this process while the record is open.
 
-    Times are of moving data alone: sorting, packing and summing are not in them. They include
-    waiting for ranks that come late; the wait before a dispatch falls into ``counts``.
+    Times are of moving data: sorting is not in them, nor are packing and summing in a flat
+    exchange; a hierarchical one does those between its hops. They include waiting for ranks that
+    come late; the wait before a dispatch falls into ``counts``.
     """
 
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))  # by phase

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
+from tamoe.groups import works_by_gloo
 from tamoe.node_memory import NodeMemory, node_memory
 from tamoe.record import Phase, timed
 from tamoe.waiting import Patience
@@ -47,8 +48,6 @@ class Mover:
         ``"single"`` or ``"rounds"``.
     patience
         How long to wait for other ranks.
-    shared_memory
-        Whether ranks of a node may move rows through shared memory; on gloo only.
     """
 
     group: dist.ProcessGroup | None
@@ -56,7 +55,6 @@ class Mover:
     rank: int
     schedule: Schedule
     patience: Patience
-    shared_memory: bool = True
 
     @cached_property
     def _rounds(self) -> tuple[Round, ...]:
@@ -91,7 +89,7 @@ class Mover:
 
         Through shared memory where the node's ranks have it. Read them before the next call.
         """
-        if self._memory is not None:
+        if row_nD.device.type == "cpu" and self._memory is not None:
             room = self._memory.outbox(len(index_m), row_nD.shape[1], row_nD.dtype)
             torch.index_select(row_nD, 0, index_m, out=room)
             return self._memory.swap(room, send_splits, receive_splits, self.patience, phase)
@@ -104,7 +102,7 @@ class Mover:
     @cached_property
     def _memory(self) -> NodeMemory | None:
         assert self.group is not None
-        if not self.shared_memory or "gloo" not in dist.get_backend(self.group):
+        if not works_by_gloo(self.group):
             return None
         return node_memory(self.group, self.rank, sorted(self._near), self.patience)
 

@@ -20,7 +20,7 @@ REPETITIONS = int(os.environ.get("TAMOE_FAULTS", "1"))  # of each case; 50 in al
 VICTIM = 3
 
 
-def struck(rank: int, kind: Kind, when: str, how: int, folder: str) -> None:
+def struck(rank: int, kind: Kind, when: str, how: int, late: bool, folder: str) -> None:
     """An exchange in which one rank is struck; the others note what they were told."""
     topology = Topology.from_tree("2x2", bandwidth_bytes_per_s=(1e9, 1e9))
     exchange = Exchange(topology, kind=kind, timeout_s=TIMEOUT_S)
@@ -30,6 +30,8 @@ def struck(rank: int, kind: Kind, when: str, how: int, folder: str) -> None:
     def strike(phase: str) -> None:
         if rank == VICTIM and phase == when:
             os.kill(os.getpid(), how)
+        if late and phase == when:
+            time.sleep(0.7)  # the others know by then that the connection is gone
 
     def run(strikes: bool) -> None:
         if strikes:
@@ -68,14 +70,16 @@ def _launcher_lets_all_ranks_speak(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.ranks
 @pytest.mark.parametrize("kind", ["flat", "hierarchical"])
 @pytest.mark.parametrize("when", ["dispatch", "combine", "backward"])
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    ("how", "late"), [(signal.SIGKILL, False), (signal.SIGKILL, True), (signal.SIGSTOP, False)]
+)
 def test_every_other_rank_raises_and_names_the_hop(
-    kind: Kind, when: str, how: int, tmp_path_factory: Any
+    kind: Kind, when: str, how: int, late: bool, tmp_path_factory: Any
 ) -> None:
     for _ in range(REPETITIONS):
         folder = tmp_path_factory.mktemp("told")
         with pytest.raises(RankError):
-            run_ranks(4, struck, kind, when, int(how), str(folder), timeout_s=20 * TIMEOUT_S)
+            run_ranks(4, struck, kind, when, int(how), late, str(folder), timeout_s=20 * TIMEOUT_S)
         told = {path.name: path.read_text() for path in folder.iterdir()}
         assert set(told) == {"0", "1", "2"}
         for text in told.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from tamoe.exchange import Exchange
+from tamoe.hierarchical import RelayRoute
 from tamoe.precision import dot, weigh
 from tamoe.relays import list_copies, plan_forwarding
 from tamoe.solver.relays import make_relays, sum_groups
@@ -139,11 +141,11 @@ def alone(
     return [add_up(weighted, plan), add_up(row_nD.grad, plan), *grads]
 
 
-def compare(group: Any, topology: Topology, seeds: range) -> int:
+def compare(group: Any, topology: Topology, seeds: range, chunks: Any = 3) -> int:
     """Every exchange against the reference on random routings; how many."""
     rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
     exchanges = [
-        Exchange(topology, group=group, kind="hierarchical", chunks=3),
+        Exchange(topology, group=group, kind="hierarchical", chunks=chunks),
         Exchange(topology, group=group, kind="flat", schedule="single"),
         Exchange(topology, group=group, kind="hierarchical", chunks=1),
         Exchange(topology, group=group, kind="flat", schedule="rounds"),
@@ -159,7 +161,7 @@ def compare(group: Any, topology: Topology, seeds: range) -> int:
         own = torch.Generator().manual_seed(1000 * seed + rank)
         x_TD = torch.randn(int(tokens[rank]), width, generator=own).to(dtype)
         index = routing(own, int(tokens[rank]), experts, top_k)
-        weight = torch.rand(index.shape, generator=own).to((torch.float32, dtype)[seed % 2])
+        weight = torch.rand(index.shape, generator=own).to((torch.float32, dtype)[seed // 4 % 2])
         grad = torch.randn(x_TD.shape, generator=own).to(dtype)
         given = (x_TD, index, None if seed % 5 == 0 else weight, experts, grad)
         wanted = alone(topology, *given)
@@ -181,11 +183,96 @@ def on_all_shapes(rank: int, routings: int) -> int:
             if rank < num_ranks:
                 compare(group, tree(shape), range(done, done + each))
             done += each
+    mixed = tree("2x4").subset([5, 0, 7, 2, 4, 1, 3, 6])  # ranks of a node are not neighbours
+    compare(dist.group.WORLD, mixed, range(8))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tamoe.exchange.PART_BYTES", 64)  # several parts for a few tokens
+        compare(dist.group.WORLD, tree("[[2,1],[3,2]]"), range(8), chunks="auto")
     strided = dist.new_group([1, 3, 4, 7])
     if rank in (1, 3, 4, 7):
         compare(strided, tree("2x2"), range(8))
         compare(strided, tree("2x4").subset([1, 3, 4, 7]), range(8))
     return done
+
+
+def other_uses(rank: int) -> list[str]:
+    """Uses that training has beside the plain one; names of those that differ from flat."""
+    topology, wrong = tree("2x2"), []
+    generator = torch.Generator().manual_seed(rank)
+    index_TK = torch.rand(6, 8, generator=generator).argsort(1)[:, :3]
+
+    def use(kind: Any, name: str) -> list[torch.Tensor | None]:
+        exchange = Exchange(topology, kind=kind)
+        own = torch.Generator().manual_seed(rank)
+        x_TD = torch.randn(6, 40_000 if name == "wide" else 5, generator=own)
+        x_TD.requires_grad_(name != "x without gradient")
+        weight_TK = torch.rand(6, 3, generator=own)
+        weight_TK.requires_grad_(name != "weights without gradient")
+        row_RD, handle = exchange.dispatch(x_TD, index_TK, weight_TK, num_experts=8)
+        assert row_RD.requires_grad == (name != "x without gradient")
+        out_TD = exchange.combine(row_RD * 1.5, handle)
+        if name == "combined twice":
+            out_TD = out_TD + exchange.combine(row_RD * 0.3, handle)
+        out_TD.sum().backward(retain_graph=name == "backward twice")
+        if name == "backward twice":
+            out_TD.sum().backward()
+        return [out_TD.detach(), x_TD.grad, weight_TK.grad]
+
+    for name in (
+        "plain",
+        "wide",
+        "x without gradient",
+        "weights without gradient",
+        "combined twice",
+        "backward twice",
+    ):
+        pairs = list(zip(use("hierarchical", name), use("flat", name), strict=True))
+        same = [a is b if a is None or b is None else torch.equal(a, b) for a, b in pairs]
+        wrong += [] if all(same) else [name]
+    return wrong
+
+
+@pytest.mark.ranks
+def test_other_uses_agree_with_flat() -> None:
+    assert run_ranks(4, other_uses, timeout_s=120) == [[]] * 4
+
+
+def left_behind(rank: int) -> tuple[int, int, int]:
+    """File descriptors, threads and routes that are alive after groups and steps have ended."""
+
+    def step(group: Any) -> None:
+        exchange = Exchange(tree("2x2"), group=group, kind="hierarchical")
+        x_TD = torch.ones(4, 3, requires_grad=True)
+        weight_TK = torch.ones(4, 1, requires_grad=True)
+        index_TK = torch.arange(4)[:, None]
+        row_RD, handle = exchange.dispatch(x_TD, index_TK, weight_TK, num_experts=4)
+        exchange.combine(row_RD, handle).sum().backward()
+
+    def held() -> tuple[int, int]:
+        gc.collect()
+        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+    step(dist.group.WORLD)
+    gc.collect()
+    gc.disable()  # a training loop may do that; nothing may wait for the collector
+    for _ in range(5):
+        step(dist.group.WORLD)
+    alive = sum(isinstance(thing, RelayRoute) for thing in gc.get_objects())
+    gc.enable()
+    before = held()
+    for _ in range(3):
+        group = dist.new_group(list(range(4)))
+        step(group)
+        dist.barrier()
+        dist.destroy_process_group(group)
+        del group
+    after = held()
+    return after[0] - before[0], after[1] - before[1], alive
+
+
+@pytest.mark.ranks
+def test_nothing_is_left_of_steps_and_groups() -> None:
+    assert run_ranks(4, left_behind, timeout_s=120) == [(0, 0, 0)] * 4
 
 
 @pytest.mark.ranks

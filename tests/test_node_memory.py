@@ -56,7 +56,7 @@ def in_ranks(rank: int, failing: str | None) -> Any:
     memory = NodeMemory.connect(group, rank, near, PATIENCE)
     left = [path.name for path in FOLDER.glob("tamoe-*")]
     if memory is None:
-        return None, left
+        return None, left, 0
     seen = swaps(memory, rank, near, range(10))
     if failing == "room" and rank == 3:
 
@@ -64,23 +64,31 @@ def in_ranks(rank: int, failing: str | None) -> Any:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         os.posix_fallocate = full
-    return seen + swaps(memory, rank, near, range(10, 30)), left
+    by_socket, send = [], memory._send
+
+    def counted(rows: torch.Tensor, peer: int) -> Any:
+        by_socket.extend([peer] * rows.is_floating_point())  # messages are of integers
+        return send(rows, peer)
+
+    memory._send = counted  # type: ignore[method-assign]
+    return seen + swaps(memory, rank, near, range(10, 30)), left, len(by_socket)
 
 
 @pytest.mark.ranks
 def test_rows_arrive_and_no_file_is_left() -> None:
     before = set(FOLDER.glob("tamoe-*"))
     answers = run_ranks(4, in_ranks, None, timeout_s=120)
-    assert all(seen > 100 for seen, _ in answers)
+    assert all(seen > 100 for seen, _, _ in answers)
     assert set(FOLDER.glob("tamoe-*")) <= before
 
 
 @pytest.mark.ranks
 def test_a_rank_without_room_sends_by_socket() -> None:
-    assert run_ranks(4, in_ranks, "room", timeout_s=120) is not None
+    answers = run_ranks(4, in_ranks, "room", timeout_s=120)
+    assert [sockets > 0 for _, _, sockets in answers] == [False, False, False, True]
 
 
 @pytest.mark.ranks
 def test_ranks_that_share_no_memory_all_do_without() -> None:
     answers = run_ranks(4, in_ranks, "folder", timeout_s=120)
-    assert [seen is None for seen, _ in answers] == [True, False, True, True]
+    assert [seen is None for seen, _, _ in answers] == [True, False, True, True]
