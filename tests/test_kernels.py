@@ -349,7 +349,9 @@ def sanitized() -> Callable[..., subprocess.CompletedProcess[str]]:
 @needs_gxx
 def test_kernels_under_the_sanitizers(sanitized):
     chosen = "kernel or address or unaligned or experts or nan"
-    result = sanitized("tests/test_ops.py", "-k", chosen)
+    peers = "way_back or stays_away or too_small or 3-100"
+    files = ("tests/test_ops.py", "tests/test_peer_store.py")
+    result = sanitized(*files, "-k", f"{chosen} or {peers}")
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
     assert " passed" in result.stdout and "skipped" not in result.stdout
 

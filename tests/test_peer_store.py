@@ -18,10 +18,10 @@ pytestmark = [needs_gxx, pytest.mark.ranks]
 ROUNDS = 1000
 
 
-def revealing(sender: int, epoch: int, count: int, width: int) -> torch.Tensor:
+def revealing(sender: int, epoch: int, count: int, width: int, dtype: torch.dtype) -> torch.Tensor:
     """Rows that tell who sent them, when, and which they are."""
-    number = torch.arange(count * width).view(count, width)
-    return ((number + epoch * 7919 + sender * 104729) % 65521).to(torch.int32)
+    number = torch.arange(count * width).view(count, width) + epoch * 7919 + sender * 104729
+    return (number % (251 if dtype == torch.uint8 else 65521)).to(dtype)
 
 
 def counts_of(epoch: int, ranks: int, most: int) -> torch.Tensor:
@@ -30,17 +30,15 @@ def counts_of(epoch: int, ranks: int, most: int) -> torch.Tensor:
     return torch.randint(-2, most, (ranks, ranks), generator=generator).clamp_min(0)
 
 
-def exchange_rounds(rank: int, rounds: int, width: int, seed: int) -> int:
+def exchange_rounds(rank: int, rounds: int, width: int, dtype: torch.dtype, seed: int) -> int:
     ranks, most = dist.get_world_size(), 5
     moved = 0
     with on_shim(seed):
-        store = PeerStore(
-            None, capacity_rows=ranks * most, width=width, dtype=torch.int32, timeout_s=60
-        )
+        store = PeerStore(None, capacity_rows=ranks * most, width=width, dtype=dtype)
         for epoch in range(1, rounds + 1):
             count_PP = counts_of(epoch, ranks, most)
             total = int(count_PP[rank].sum())
-            row_ND = revealing(rank, epoch, total, width)
+            row_ND = revealing(rank, epoch, total, width, dtype)
             source = None
             if epoch % 2:  # every other time out of order, through the index
                 source = torch.randperm(total)
@@ -50,7 +48,7 @@ def exchange_rounds(rank: int, rounds: int, width: int, seed: int) -> int:
             assert torch.equal(received, count_PP[:, rank])
             start = 0
             for sender in range(ranks):
-                sent = revealing(sender, epoch, int(count_PP[sender].sum()), width)
+                sent = revealing(sender, epoch, int(count_PP[sender].sum()), width, dtype)
                 mine = sent.split(count_PP[sender].tolist())[rank]
                 got = store.buffer_RD[start : start + len(mine)]
                 assert torch.equal(got, mine), (epoch, sender)
@@ -60,12 +58,19 @@ def exchange_rounds(rank: int, rounds: int, width: int, seed: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "rounds", "width", "seed"),
-    [(2, ROUNDS, 36, 0), (4, ROUNDS, 36, 1), (3, 100, 5, 2), (2, 50, 0, 3), (1, 50, 64, 0)],
+    ("ranks", "rounds", "width", "dtype", "seed"),
+    [
+        (2, ROUNDS, 36, torch.int32, 0),  # rows of 144 bytes: words of 16
+        (4, ROUNDS, 36, torch.int32, 1),
+        (3, 100, 5, torch.int32, 2),  # 20 bytes: words of 4
+        (3, 100, 7, torch.uint8, 1),  # 7 bytes: words of 1
+        (2, 50, 0, torch.int32, 3),
+        (1, 50, 64, torch.float32, 0),
+    ],
 )
-def test_every_row_arrives_in_order(ranks, rounds, width, seed):
+def test_every_row_arrives_in_order(ranks, rounds, width, dtype, seed):
     shim()  # built once, not by every rank
-    moved = run_ranks(ranks, exchange_rounds, rounds, width, seed, timeout_s=200)
+    moved = run_ranks(ranks, exchange_rounds, rounds, width, dtype, seed, timeout_s=250)
     expected = sum(counts_of(epoch, ranks, 5) for epoch in range(1, rounds + 1))
     assert moved == expected.sum(0).tolist()
 
