@@ -129,7 +129,7 @@ def probe(
 
       tamoe probe --cluster '4x2:200mbit;node2=50mbit' -o t.json
     """
-    from tamoe.probe_command import run_probe
+    from tamoe.probe_command import file_of, run_probe
 
     topology = run_probe(cluster, output, budget_s=budget_s, ranks=ranks)
     if topology is None:  # another rank of a running job; rank 0 prints
@@ -142,7 +142,7 @@ def probe(
         from tamoe.tables import print_topology
 
         print_topology(topology)
-        print(f"written to {output}")
+        print(f"written to {file_of(topology, output)}")
 
 
 @app.command()
