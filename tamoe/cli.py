@@ -212,6 +212,7 @@ def solve(
       tamoe solve topology.json --method entropic --kl 0.1
     """
     from tamoe.solver import Workload, solve as run
+    from tamoe.topology.completeness import check_solvable
     from tamoe.topology.graph import Topology
 
     workload = Workload(
@@ -222,6 +223,8 @@ def solve(
         experts_per_rank=experts_per_rank,
     )
     topology = Topology.load(topology_file)
+    if warning := check_solvable(topology, str(topology_file)):
+        print(f"tamoe: {warning}", file=sys.stderr)
     plan = run(topology, workload, method=method, floor=floor, kl=kl, self_send=self_send)
     if output is not None:
         plan.save(output)

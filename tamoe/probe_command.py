@@ -13,6 +13,7 @@ from pathlib import Path
 from tamoe.progress import progress_line
 from tamoe.topology.errors import InputError, ProbeError, RankError, StoppedError
 from tamoe.topology.graph import Topology
+from tamoe.topology.units import counted
 
 PROBE_TIMEOUT_S = 900.0
 _LAUNCHERS = (  # what srun, Open MPI and PMI launchers call rank, world size and local rank
@@ -171,8 +172,8 @@ def _probe_own_ranks(
     else:
         target = ranks or max(2, os.cpu_count() or 2)
         print(
-            f"no GPU here: measuring this host's loopback with {target} ranks. For a cluster: "
-            f"{TORCHRUN_LINE}",
+            f"no GPU here: measuring this host's loopback with {counted(target, 'rank')}. "
+            f"For a cluster: {TORCHRUN_LINE}",
             file=sys.stderr,
         )
     partial = str(partial_file(output))

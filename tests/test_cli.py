@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
+import networkx as nx
 import pytest
 
 from tamoe.cli import main
-from tamoe.topology import Topology
+from tamoe.topology import ClusterSpec, Pair, Topology
+from tamoe.topology.plot import topology_figure
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -59,6 +62,52 @@ def test_show_writes_a_picture_and_the_table(
 def test_show_json_is_the_file(capsys: pytest.CaptureFixture[str], topology_file: Path) -> None:
     _, out, _ = run(capsys, "show", topology_file, "--json")
     assert json.loads(out) == json.loads(topology_file.read_text())
+
+
+def ended_early(folder: Path, origin: str) -> Path:
+    """A file of a probe that was stopped, with uplinks of the given origin."""
+    topology = ClusterSpec.parse("2x1:100mbit").topology()
+    graph = nx.DiGraph(topology.graph)
+    for edge in graph.edges.values():
+        edge["origin"] = origin
+    provenance = {"status": "partial", "reason": "interrupted"}
+    path = folder / "early.json"
+    pairs = {(0, 1): Pair(1e-4, 1e-7)}
+    dataclasses.replace(topology, graph=graph, pairs=pairs, provenance=provenance).save(path)
+    return path
+
+
+def test_show_says_that_a_measurement_is_partial_and_what_static_means(
+    capsys: pytest.CaptureFixture[str], topology_file: Path, tmp_path: Path
+) -> None:
+    early, picture = ended_early(tmp_path, "static"), tmp_path / "early.svg"
+    _, out, _ = run(capsys, "show", early, "-o", picture)
+    assert "2 ranks on 2 nodes" in out
+    assert "PARTIAL: the measurement ended early (interrupted); 1 of 2 ways from node to " in out
+    assert "not timed: " in out and "nic0 → switch0 (static)" in out
+    assert "static: not timed" in out
+    figure = topology_figure(Topology.load(early))
+    assert "PARTIAL" in figure.get_suptitle()
+    _, out, _ = run(capsys, "show", topology_file)
+    assert "PARTIAL" not in out and "static" not in out
+
+
+def test_solve_refuses_placeholders_and_warns_of_an_early_end(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    code, out, err = run(capsys, "solve", ended_early(tmp_path, "static"))
+    assert (code, out) == (2, "")
+    assert "early.json is partial: the measurement ended early (interrupted)" in err
+    assert "allowed: a file in which every uplink was timed" in err
+    code, out, err = run(capsys, "solve", ended_early(tmp_path, "measured"), "--floor", "0.2")
+    assert code == 0 and "lower bound" in out
+    assert "warning" in err and "is partial" in err
+
+
+def test_one_rank_is_on_one_node(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "one.json"
+    Topology.from_tree(2, bandwidth_bytes_per_s=[1e9]).save(path)
+    assert "2 ranks on 1 node, shared" in run(capsys, "show", path)[1]
 
 
 @pytest.mark.parametrize(
