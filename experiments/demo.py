@@ -28,6 +28,7 @@ from tamoe.experiments.results import (
     load_results,
     save_results,
 )
+from tamoe.topology.documents import check_writable
 from tamoe.topology.errors import InputError, StoppedError
 from tamoe.topology.formats import topology_to_document
 from tamoe.topology.graph import Topology
@@ -278,7 +279,7 @@ def _check(
         raise InputError(f"steps is {steps!r}; allowed: {STEPS_ALLOWED}, or None")
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise InputError(f"seed is {seed!r}; allowed: a whole number from 0 to {2**32 - 1}")
-    if folder.exists() and not folder.is_dir():
+    if os.path.isfile(folder):  # pathlib's raises where the folder above may not be read
         raise InputError(f"output is {str(folder)!r}, a file; allowed: a folder, or a new name")
     corpus = load_text(text)
     for _, spec in settings:
@@ -289,10 +290,7 @@ def _check(
                 f"about the links between them"
             )
         check_room(corpus, num_ranks=parsed.num_ranks, length=128)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"output: cannot make folder {folder}: {error.strerror}") from None
+    check_writable(folder / "results.json")
     (folder / "results.json").unlink(missing_ok=True)
 
 

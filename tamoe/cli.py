@@ -213,6 +213,7 @@ def solve(
     """
     from tamoe.solver import Workload, solve as run
     from tamoe.topology.completeness import check_solvable
+    from tamoe.topology.documents import check_writable
     from tamoe.topology.graph import Topology
 
     workload = Workload(
@@ -223,6 +224,8 @@ def solve(
         experts_per_rank=experts_per_rank,
     )
     topology = Topology.load(topology_file)
+    if output is not None:
+        check_writable(output)
     if warning := check_solvable(topology, str(topology_file)):
         print(f"tamoe: {warning}", file=sys.stderr)
     plan = run(topology, workload, method=method, floor=floor, kl=kl, self_send=self_send)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tamoe.progress import progress_line
+from tamoe.topology.documents import check_writable
 from tamoe.topology.errors import InputError, ProbeError, RankError, StoppedError
 from tamoe.topology.graph import Topology
 from tamoe.topology.units import counted
@@ -53,15 +54,13 @@ def run_probe(
         raise InputError(f"--ranks is {ranks}; allowed: 1 or more")
     if cluster is not None and ranks is not None:
         raise InputError("--ranks and --cluster: give one; the cluster says how many ranks it has")
-    if output.is_dir():
-        raise InputError(f"--output is {str(output)!r}, a folder; allowed: the name of a file")
-    if output.parent.exists() and not output.parent.is_dir():
-        raise InputError(f"--output is {str(output)!r}; {output.parent} is not a folder")
     job = job_environment(os.environ)
     if job is not None and (cluster is not None or ranks is not None):
         raise InputError(
             "--cluster and --ranks start ranks; this process is a rank of a running job"
         )
+    if job is None or job["RANK"] == "0":  # the others write nothing, perhaps on other hosts
+        check_writable(output)
     partial = partial_file(output)
     before = _version(partial)
     try:

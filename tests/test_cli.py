@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import networkx as nx
@@ -127,14 +129,17 @@ def test_one_rank_is_on_one_node(capsys: pytest.CaptureFixture[str], tmp_path: P
         (["solve", "FILE", "--self-send", "copy"], "copy_bytes_per_s"),
         (["solve", "FILE", "--self-send", "dear"], "'dear' is not one of"),
         (["solve", "FILE", "--self-send", "free", "--top-k", "1"], "floor"),
-        (["solve", "FILE", "-o", "/proc/nowhere/p.json"], "cannot write"),
         (["show", "FILE", "-o", "figure.bmp"], "ending in .png or .svg"),
         (["probe", "--cluster", "4x2:fast"], "fast"),
         (["probe", "--cluster", "4x2:0mbit"], "0mbit"),
         (["probe", "--cluster", "2x1:1gbit", "--budget-s", "0"], "--budget-s is 0"),
         (["probe", "--ranks", "0"], "--ranks is 0"),
         (["probe", "--cluster", "2x1:1gbit", "-o", "."], "a folder; allowed"),
-        (["solve", "FILE", "-o", "."], "cannot write"),
+        (["solve", "FILE", "-o", "."], "--output is '.', a folder; allowed: the name of a file"),
+        (["solve", "FILE", "-o", "/proc/nowhere/p.json"], "--output is '/proc/nowhere/p.json'"),
+        (["probe", "--ranks", "2", "-o", "/proc/nowhere/p.json"], "cannot write there"),
+        (["demo", "-o", "/proc/nowhere/d"], "cannot write there"),
+        (["probe", "--ranks", "2", "-o", "/dev/null/p.json"], "/dev/null is not a folder"),
         (["emulate", "4y2", "--", "true"], "4y2"),
         (["demo", "--cluster", "4x2:50mbit,1gbit"], "4x2"),
         (["demo", "--steps", "0"], "steps is 0"),
@@ -152,6 +157,32 @@ def test_bad_input_is_one_message_and_exit_2(
     assert message in " ".join(err.split())
     assert "Traceback" not in err
     assert out == ""
+
+
+@pytest.fixture
+def closed_folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder that this user may not enter; root becomes an ordinary user for it."""
+    folder = tmp_path / "closed"
+    folder.mkdir()
+    folder.chmod(0)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    yield folder
+    os.seteuid(user)
+    folder.chmod(0o700)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["probe", "--ranks", "2", "-o", "q.json"], ["demo", "-o", "d"]]
+)
+def test_a_place_without_permission_is_refused_before_anything_starts(
+    capsys: pytest.CaptureFixture[str], closed_folder: Path, arguments: list[str]
+) -> None:
+    code, out, err = run(capsys, *arguments[:-1], closed_folder / arguments[-1])
+    assert (code, out) == (2, "")
+    assert "Permission denied" in err and "Traceback" not in err
+    assert len(err.strip().splitlines()) == 1
 
 
 def test_probe_inside_a_job_refuses_a_cluster(
