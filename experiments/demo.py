@@ -87,10 +87,12 @@ def run_demo(
     _check(settings, folder, steps, text, seed)
     about = {"command": _command(cluster, out, steps, text, seed), "made": _made()}
     done: list[Document] = []
+    current: Document = {}
     try:
         for name, spec in settings:
+            current = _new_setting(name, spec)
             setting = _run_setting(
-                _new_setting(name, spec),
+                current,
                 done,
                 about,
                 folder,
@@ -102,13 +104,11 @@ def run_demo(
             )
             done.append(setting)
             save_results(folder / "results.json", assemble(done, about))
-    except (KeyboardInterrupt, StoppedError):
-        kept = _finish(folder, began_s)
-        raise StoppedError(
-            f"demo stopped; what was measured is in {folder}"
-            if kept
-            else f"demo stopped before a step was timed; what the probe found is in {folder}"
-        ) from None
+    except (KeyboardInterrupt, StoppedError) as error:
+        if _finish(folder, began_s):
+            raise StoppedError(f"demo stopped; what was measured is in {folder}") from None
+        what = _found(current, folder) or str(error) or "nothing was measured yet"
+        raise StoppedError(f"demo stopped before a step was timed: {what}") from None
     document = _finish(folder, began_s)
     assert document is not None
     _print_end(document, folder)
@@ -139,8 +139,8 @@ def _run_setting(
     from tamoe.solver import solve
     from tamoe.topology.ranks import run_ranks
 
-    spec, name = setting["cluster"], setting["setting"]
-    own = folder / name.replace(" ", "-")
+    spec = setting["cluster"]
+    own = _own_folder(setting, folder)
     own.mkdir(parents=True, exist_ok=True)
     probe_began_s = time.monotonic()
     topology = run_probe(spec, own / "topology.json")
@@ -205,6 +205,17 @@ def _workload(
         "vocabulary_size": corpus.vocabulary_size,
         "text": corpus.source,
     }
+
+
+def _own_folder(setting: Document, folder: Path) -> Path:
+    return folder / setting["setting"].replace(" ", "-")
+
+
+def _found(setting: Document, folder: Path) -> str | None:
+    """What there is of a setting that was stopped before training; None without a probe."""
+    if not setting.get("topology"):
+        return None
+    return f"the links that were measured are in {_own_folder(setting, folder) / 'topology.json'}"
 
 
 # ---- the end ----------------------------------------------------------------------------------

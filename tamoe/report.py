@@ -87,10 +87,30 @@ def _section(setting: Setting, figures: Sequence[Mapping[str, str]]) -> str:
         f"<section><h2>{html.escape(title)} <small>emulated</small></h2>\n"
         f"<p>{html.escape(_setting_text(setting))}</p>\n"
         f"{_table(setting['strategies'])}\n"
+        f"{_dashes(setting)}"
         f'<p class="verdict">{html.escape(verdict(setting))}</p>\n'
         + "\n".join(_figure(figure) for figure in shown)
         + "</section>"
     )
+
+
+def _dashes(setting: Setting) -> str:
+    """What the dashes of this table mean, if it has any."""
+    strategies = setting["strategies"]
+    if not strategies:
+        return ""
+    if any(s.get("val_loss_own") is None for s in strategies):
+        text = (
+            "– : not measured before the run was stopped. Without losses at equal steps nothing "
+            "can be said of the exchange's share f, of its bound or of the cost in quality."
+        )
+    elif all(s.get("speedup_to_even_loss") for s in strategies):
+        return ""
+    elif setting.get("complete"):
+        text = "– under “to even’s loss”: not reached in half as many steps again."
+    else:
+        text = "– under “to even’s loss”: not reached when the run was stopped."
+    return f'<p class="note">{html.escape(text)}</p>\n'
 
 
 def _setting_text(setting: Setting) -> str:
@@ -175,6 +195,12 @@ def verdict(setting: Setting) -> str:
     ]
     if not rated:
         return "Nothing to compare yet: no strategy besides the even one was measured."
+    if all(s.get("val_loss_own") is None for s in rated):
+        return (
+            f"Preliminary: the run was stopped after {setting['steps']} steps a strategy, before "
+            f"any loss was compared, so what the speed cost in quality is not known and the "
+            f"speeds are those of a few steps."
+        )
     best = max(rated, key=lambda s: s["speedup_to_even_loss"] or s["speedup_over_even"] / 1e3)
     text = (
         f"{_capital(best['name'])} trained {best['speedup_over_even']:.1f} times as many tokens a "
@@ -250,8 +276,7 @@ cost model.</li>
 no rows move, counts are not agreed on and experts are evenly loaded. No way to exchange can gain
 more than 1/(1 − f).</li>
 <li><b>to even’s loss</b> is the honest speed-up: training time until the validation loss stays at
-or below the one that the even run ended with. A dash means that it was not reached in half as many
-steps again.</li>
+or below the one that the even run ended with.</li>
 <li>Every rank trains on windows from the whole text. <b>own</b>: each rank routes its own stretch
 of held-out text; <b>foreign</b>: the stretch of the next node's ranks. <b>unsteered</b>: the bias
 is zero; where each rank has a gate of its own, the mean of all gates routes.</li>
@@ -273,6 +298,7 @@ h1{font-size:1.9rem;line-height:1.2;margin:0 0 .75rem}h2{font-size:1.3rem;margin
 small{font-weight:400;color:var(--soft);font-size:.75em}
 p,ul{max-width:46rem}.lead{font-size:1.05rem;color:var(--soft)}
 .verdict{border-left:4px solid #0072b2;padding-left:1rem;font-size:1.05rem}
+.note{color:var(--soft);font-size:.86rem}
 .notice{border-left:4px solid #d55e00;padding-left:1rem}
 .scroll{overflow-x:auto;margin:1rem 0}
 table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums;width:100%}

@@ -116,13 +116,16 @@ def test_a_loss_that_nobody_reached_is_said_and_shown_as_a_dash() -> None:
     for strategy in setting["strategies"][1:]:
         strategy["speedup_to_even_loss"] = strategy["time_to_even_loss_s"] = None
     assert "No strategy that was faster reached the even run's final loss" in verdict(setting)
-    assert "<td>–</td>" in render_report(setting, [])
+    page = render_report(setting, [])
+    assert "<td>–</td>" in page and "not reached in half as many steps again" in page
+    assert "not reached" not in render_report(example_setting(), [])
+    setting["complete"] = False
+    assert "not reached when the run was stopped" in render_report(setting, [])
 
 
 def test_a_run_that_ended_early_still_gives_a_page(tmp_path: Path) -> None:
     setting = example_setting()
     setting["complete"] = False
-    setting["compute_step_s"] = None
     for key in ("exchange_share", "speedup_bound"):
         setting.pop(key)
     # After one round: a few times, one point a curve, no losses at the end.
@@ -132,10 +135,15 @@ def test_a_run_that_ended_early_still_gives_a_page(tmp_path: Path) -> None:
         blank.update({key: strategy[key] for key in kept}, curve=strategy["curve"][:1])
         strategy.clear()
         strategy.update(blank)
+    setting["compute_step_s"] = 0.6  # of a few noisy steps: the bound would be 2, a speed-up is 5
     complete_setting(setting)
     page = render_report(setting, draw_all(setting, tmp_path))
     _parsed(page)
     assert "This run ended early" in page
+    # No bound beside speed-ups above it, no praise without the quality, no dash explained wrongly.
+    assert "f = 0" not in page and "can gain more than 1/(1 − f) =" not in page
+    assert "Preliminary" in page and "times as many tokens" not in page
+    assert "not measured before the run was stopped" in page and "not reached" not in page
     # And before any training at all.
     setting["strategies"] = []
     assert "Nothing to compare yet" in render_report(setting, draw_all(setting, tmp_path))
