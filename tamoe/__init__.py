@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         save_checkpoint as save_checkpoint,
     )
     from tamoe.exchange import Exchange as Exchange
+    from tamoe.gate import Gate as Gate
     from tamoe.gates import (
         GShardGate as GShardGate,
         NaiveGate as NaiveGate,
@@ -48,6 +49,7 @@ _HOME = {
     "EmulationError": "topology.errors",
     "Exchange": "exchange",
     "GShardGate": "gates",
+    "Gate": "gate",
     "InfeasibleError": "topology.errors",
     "InputError": "topology.errors",
     "MoE": "moe",
