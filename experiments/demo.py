@@ -86,6 +86,8 @@ def run_demo(
     settings = _settings(cluster)
     _check(settings, folder, steps, text, seed)
     about = {"command": _command(cluster, out, steps, text, seed), "made": _made()}
+    clusters = " and ".join(spec for _, spec in settings)
+    print(f"demo: {clusters}, results go to {folder}; starting ranks", file=sys.stderr, flush=True)
     done: list[Document] = []
     current: Document = {}
     try:
@@ -287,7 +289,7 @@ def _check(
     from tamoe.experiments.text import check_room, load_text
 
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 12):
-        raise InputError(f"steps is {steps!r}; allowed: {STEPS_ALLOWED}, or None")
+        raise InputError(f"steps is {steps!r}; allowed: {STEPS_ALLOWED}, or none given")
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise InputError(f"seed is {seed!r}; allowed: a whole number from 0 to {2**32 - 1}")
     if os.path.isfile(folder):  # pathlib's raises where the folder above may not be read

@@ -37,6 +37,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # keeps the line ends of docstrings, in the middle of sentences
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -111,7 +112,10 @@ def probe(
         Path, typer.Option("-o", "--output", metavar="FILE", help="Where to write the topology.")
     ] = Path("topology.json"),
     budget_s: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="Time that the measurement may take.")
+        float | None,
+        typer.Option(
+            metavar="SECONDS", help="Time that the measurement may take, > 0; default no limit."
+        ),
     ] = None,
     ranks: Annotated[
         int | None, typer.Option(help="Ranks on this host; default one a GPU, or one a core.")
@@ -250,7 +254,8 @@ def demo(
         Path, typer.Option("-o", "--output", metavar="DIR", help="Where to write the results.")
     ] = Path("tamoe-demo"),
     steps: Annotated[
-        int | None, typer.Option(help="Training steps of each strategy; default fits six minutes.")
+        int | None,
+        typer.Option(help="Training steps of each strategy, >= 12; default fits six minutes."),
     ] = None,
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Train on this text, not on Shakespeare.")
@@ -287,6 +292,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(arguments)
     except TamoeError as error:
+        if isinstance(error, StoppedError) and sys.stderr.isatty():
+            print(file=sys.stderr)  # the line has progress on it, and the terminal's ^C
         print(f"tamoe: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
 

@@ -166,6 +166,12 @@ def _probe_own_ranks(
     target: ClusterSpec | int
     if cluster is not None:
         target = ClusterSpec.parse(cluster)
+        if target.num_nodes == 1 and (target.uplink_bit_per_s or target.node_bit_per_s):
+            raise InputError(
+                f"--cluster is {cluster!r}: one node, and nothing crosses its uplink; allowed: two "
+                f"nodes or more, or no uplink rate; 'intra=RATE' shapes links inside nodes"
+            )
+        print(f"probe: starting {counted(target.num_ranks, 'rank')} on {target}", file=sys.stderr)
     elif _visible_gpus():
         return _probe_own_gpus(ranks or _visible_gpus(), output, budget_s)
     else:

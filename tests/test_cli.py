@@ -106,6 +106,18 @@ def test_solve_refuses_placeholders_and_warns_of_an_early_end(
     assert "warning" in err and "is partial" in err
 
 
+def test_help_wraps_sentences_and_names_defaults(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = run(capsys, "demo", "--help")
+    assert ">= 12; default fits six minutes" in " ".join(out.split())
+    sentence = next(line for line in out.splitlines() if "Emulates slow links" in line)
+    assert len(sentence) > 60  # not broken where the source is
+    _, out, _ = run(capsys, "probe", "--help")
+    assert "> 0; default no limit" in " ".join(out.split())
+
+
 def test_one_rank_is_on_one_node(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "one.json"
     Topology.from_tree(2, bandwidth_bytes_per_s=[1e9]).save(path)
@@ -142,7 +154,8 @@ def test_one_rank_is_on_one_node(capsys: pytest.CaptureFixture[str], tmp_path: P
         (["probe", "--ranks", "2", "-o", "/dev/null/p.json"], "/dev/null is not a folder"),
         (["emulate", "4y2", "--", "true"], "4y2"),
         (["demo", "--cluster", "4x2:50mbit,1gbit"], "4x2"),
-        (["demo", "--steps", "0"], "steps is 0"),
+        (["demo", "--steps", "0"], "steps is 0; allowed: a whole number >= 12, or none given"),
+        (["probe", "--cluster", "1x2:200mbit"], "nothing crosses its uplink; allowed: two nodes"),
         (["demo", "--text", "missing.txt"], "missing.txt"),
     ],
 )
