@@ -86,7 +86,8 @@ def test_every_setting_has_all_figures_and_each_says_that_it_is_emulated(
         assert base64.b64decode(figure["data_uri"].split(",")[1]) == svg
         # matplotlib writes each text it draws as a comment before its outlines
         texts = " ".join(re.findall(r"<!--(.*?)-->", svg.decode(), flags=re.DOTALL))
-        assert "emulated" in texts, figure["name"]
+        cluster = "4x2:50mbit" if figure["setting"] == "steep" else "4x2:160mbit"
+        assert f"({cluster}, emulated)" in texts, figure["name"]
 
 
 def test_the_table_comes_first_and_shows_every_strategy(
@@ -147,6 +148,27 @@ def test_a_run_that_ended_early_still_gives_a_page(tmp_path: Path) -> None:
     # And before any training at all.
     setting["strategies"] = []
     assert "Nothing to compare yet" in render_report(setting, draw_all(setting, tmp_path))
+
+
+def test_columns_names_and_long_exchanges_are_explained(document: Document) -> None:
+    page = render_report(document, [])
+    for column in ("over predicted", "alone over predicted", "gradients", "dropped", "foreign"):
+        assert f"<b>{column}</b>:" in page, column
+    assert "“Steep”: links so slow" in page and "“Published share”: links at which" in page
+    assert "python -m tamoe.experiments.quality -o quality.json" in page
+    assert "scroll the table sideways" in page
+    assert "Longer than predicted" not in page
+    setting = example_setting()
+    setting["strategies"][-1]["training_over_predicted"] = 3.66
+    page = render_report(setting, [])
+    assert "Longer than predicted: “bias kl=0.3” 3.7 times" in page
+    assert "wait for each other" in page
+
+
+def test_one_word_for_foreign_text(figures: list[dict[str, str]]) -> None:
+    quality = next(figure for figure in figures if figure["name"] == "quality")
+    assert "foreign text" in quality["caption"]
+    assert "on foreign text" in verdict(example_setting())
 
 
 def test_names_cannot_inject_markup() -> None:
