@@ -28,6 +28,7 @@ from tamoe.experiments.results import (
     load_results,
     save_results,
 )
+from tamoe.topology.documents import check_writable
 from tamoe.topology.errors import InputError, StoppedError
 from tamoe.topology.formats import topology_to_document
 from tamoe.topology.graph import Topology
@@ -85,11 +86,15 @@ def run_demo(
     settings = _settings(cluster)
     _check(settings, folder, steps, text, seed)
     about = {"command": _command(cluster, out, steps, text, seed), "made": _made()}
+    clusters = " and ".join(spec for _, spec in settings)
+    print(f"demo: {clusters}, results go to {folder}; starting ranks", file=sys.stderr, flush=True)
     done: list[Document] = []
+    current: Document = {}
     try:
         for name, spec in settings:
+            current = _new_setting(name, spec)
             setting = _run_setting(
-                _new_setting(name, spec),
+                current,
                 done,
                 about,
                 folder,
@@ -101,13 +106,11 @@ def run_demo(
             )
             done.append(setting)
             save_results(folder / "results.json", assemble(done, about))
-    except (KeyboardInterrupt, StoppedError):
-        kept = _finish(folder, began_s)
-        raise StoppedError(
-            f"demo stopped; what was measured is in {folder}"
-            if kept
-            else f"demo stopped before a step was timed; what the probe found is in {folder}"
-        ) from None
+    except (KeyboardInterrupt, StoppedError) as error:
+        if _finish(folder, began_s):
+            raise StoppedError(f"demo stopped; what was measured is in {folder}") from None
+        what = _found(current, folder) or str(error) or "nothing was measured yet"
+        raise StoppedError(f"demo stopped before a step was timed: {what}") from None
     document = _finish(folder, began_s)
     assert document is not None
     _print_end(document, folder)
@@ -138,8 +141,8 @@ def _run_setting(
     from tamoe.solver import solve
     from tamoe.topology.ranks import run_ranks
 
-    spec, name = setting["cluster"], setting["setting"]
-    own = folder / name.replace(" ", "-")
+    spec = setting["cluster"]
+    own = _own_folder(setting, folder)
     own.mkdir(parents=True, exist_ok=True)
     probe_began_s = time.monotonic()
     topology = run_probe(spec, own / "topology.json")
@@ -204,6 +207,17 @@ def _workload(
         "vocabulary_size": corpus.vocabulary_size,
         "text": corpus.source,
     }
+
+
+def _own_folder(setting: Document, folder: Path) -> Path:
+    return folder / setting["setting"].replace(" ", "-")
+
+
+def _found(setting: Document, folder: Path) -> str | None:
+    """What there is of a setting that was stopped before training; None without a probe."""
+    if not setting.get("topology"):
+        return None
+    return f"the links that were measured are in {_own_folder(setting, folder) / 'topology.json'}"
 
 
 # ---- the end ----------------------------------------------------------------------------------
@@ -275,10 +289,10 @@ def _check(
     from tamoe.experiments.text import check_room, load_text
 
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 12):
-        raise InputError(f"steps is {steps!r}; allowed: {STEPS_ALLOWED}, or None")
+        raise InputError(f"steps is {steps!r}; allowed: {STEPS_ALLOWED}, or none given")
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise InputError(f"seed is {seed!r}; allowed: a whole number from 0 to {2**32 - 1}")
-    if folder.exists() and not folder.is_dir():
+    if os.path.isfile(folder):  # pathlib's raises where the folder above may not be read
         raise InputError(f"output is {str(folder)!r}, a file; allowed: a folder, or a new name")
     corpus = load_text(text)
     for _, spec in settings:
@@ -289,10 +303,7 @@ def _check(
                 f"about the links between them"
             )
         check_room(corpus, num_ranks=parsed.num_ranks, length=128)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"output: cannot make folder {folder}: {error.strerror}") from None
+    check_writable(folder / "results.json")
     (folder / "results.json").unlink(missing_ok=True)
 
 

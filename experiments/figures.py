@@ -94,7 +94,7 @@ def _figures(setting: Setting) -> Iterator[tuple[str, str, str, Figure]]:
         "counts that were reached. Alone: exchanges one after another with nothing else running. "
         "In training: with the waits of ranks for one another, and with the burst credit that "
         "links regain while ranks compute.",
-        exchange_figure(measured),
+        exchange_figure(setting, measured),
     )
     curves = [s for s in measured if len(s["curve"]) > 1]
     if curves:
@@ -111,8 +111,9 @@ def _figures(setting: Setting) -> Iterator[tuple[str, str, str, Figure]]:
             "quality",
             "What it costs in quality",
             "Validation loss after the same number of steps: on the rank's own held-out text, on "
-            "held-out text of another node's ranks, and on its own with all steering removed.",
-            quality_figure(complete),
+            "foreign text (that of the next node's ranks), and on its own with all steering "
+            "removed.",
+            quality_figure(setting, complete),
         )
 
 
@@ -180,7 +181,7 @@ def throughput_figure(setting: Setting, strategies: Sequence[Mapping[str, Any]])
     return figure
 
 
-def exchange_figure(strategies: Sequence[Mapping[str, Any]]) -> Figure:
+def exchange_figure(setting: Setting, strategies: Sequence[Mapping[str, Any]]) -> Figure:
     """Exchange seconds a step: predicted, alone, in training."""
     kinds = (
         ("predicted_alone_s", "alone: predicted (simulated)", "#f3cf8a"),
@@ -188,7 +189,7 @@ def exchange_figure(strategies: Sequence[Mapping[str, Any]]) -> Figure:
         ("predicted_exchange_s", "in training: predicted (simulated)", "#9ecae9"),
         ("exchange_s", "in training: measured (emulated)", "#0072b2"),
     )
-    figure = _figure(None, _WIDTH, 3.8, "exchange time per step")
+    figure = _figure(setting, _WIDTH, 3.8, "exchange time per step")
     axes = figure.subplots()
     position = np.arange(len(strategies))
     for offset, (key, label, colour) in zip((-0.31, -0.11, 0.11, 0.31), kinds, strict=True):
@@ -228,15 +229,15 @@ def loss_figure(setting: Setting, strategies: Sequence[Mapping[str, Any]]) -> Fi
     return figure
 
 
-def quality_figure(strategies: Sequence[Mapping[str, Any]]) -> Figure:
+def quality_figure(setting: Setting, strategies: Sequence[Mapping[str, Any]]) -> Figure:
     """The three validation losses of every strategy."""
     kinds = (
-        ("val_loss_own", "own ranks", "o", "#0072b2"),
-        ("val_loss_foreign", "sent from other nodes", "s", "#d55e00"),
+        ("val_loss_own", "own text", "o", "#0072b2"),
+        ("val_loss_foreign", "foreign text", "s", "#d55e00"),
         ("val_loss_no_bias", "steering removed", "D", "#009e73"),
     )
     height = 0.5 * len(strategies) + 1.5
-    figure = _figure(None, _WIDTH, height, "validation loss at equal steps")
+    figure = _figure(setting, _WIDTH, height, "validation loss at equal steps")
     axes = figure.subplots()
     for offset, (key, label, marker, colour) in zip((-0.2, 0.0, 0.2), kinds, strict=True):
         position = np.arange(len(strategies)) + offset
@@ -254,12 +255,11 @@ def quality_figure(strategies: Sequence[Mapping[str, Any]]) -> Figure:
 # ---- shared pieces ----------------------------------------------------------------------------
 
 
-def _figure(setting: Setting | None, width: float, height: float, title: str) -> Figure:
+def _figure(setting: Setting, width: float, height: float, title: str) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    where = f"{setting['cluster']}, emulated" if setting is not None else "emulated"
-    figure.suptitle(f"{title} ({where})", fontsize=12)
+    figure.suptitle(f"{title} ({setting['cluster']}, emulated)", fontsize=12)
     return figure
 
 

@@ -106,10 +106,13 @@ def complete_setting(setting: Document) -> Document:
     """Fill in what follows from the measurements: speed-ups, the exchange's share and the bound.
 
     The bound is what no exchange can beat: the even step over the step with the exchange removed,
-    1/(1 − f). A strategy that was not measured yet keeps nulls.
+    1/(1 − f). It is left out until all strategies have done their equal steps: the median of a few
+    early steps can give a bound below the speed-ups that it should bound. A strategy that was not
+    measured yet keeps nulls.
     """
     even = even_strategy(setting)
-    if even["step_s"] and setting.get("compute_step_s"):
+    equal_steps = all(strategy["val_loss_own"] is not None for strategy in setting["strategies"])
+    if equal_steps and even["step_s"] and setting.get("compute_step_s"):
         share = max(0.0, 1 - setting["compute_step_s"] / even["step_s"])
         setting["exchange_share"] = share
         setting["speedup_bound"] = 1 / (1 - share)

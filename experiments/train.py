@@ -9,6 +9,7 @@ Rank 0 writes the results file after every round, so a run that is stopped keeps
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -41,7 +42,8 @@ ROUNDS_TO_ESTIMATE = 3  # turns of every strategy before the number of steps is 
 ROUNDS_A_POINT = 2  # turns of every strategy between two points of the curves
 END_ROUNDS = 1.5  # what the measurements at the end take, in rounds
 SETTLE_STEPS = 16  # until a bias has reached its target; not timed, nor are learning rates warm
-MORE_STEPS = 0.5  # at most, for strategies that have not reached the even run's final loss
+# At most, up to the next point of the curves, for what has not reached the even run's final loss.
+MORE_STEPS = 0.5
 ALONE_REPEATS = 3
 
 
@@ -110,7 +112,10 @@ class _Run:
             self._save()
             left_s = round_s * (self.rounds - number + END_ROUNDS)
             total = self.rounds * TURN_STEPS if asked is None else asked
-            self._progress("steps", self.trainees[0].steps, total, left_s)
+            if asked is None and number < ROUNDS_TO_ESTIMATE:  # how many there will be is not known
+                self._progress("timing, step", self.trainees[0].steps, total, None)
+            else:
+                self._progress("steps", self.trainees[0].steps, total, left_s)
         self._measure_quality()
         self._measure_alone()
         self._save()
@@ -202,7 +207,8 @@ class _Run:
     def _reach_even_loss(self) -> None:
         """Train on, in turns as before, those that have not reached the even run's final loss."""
         goal = self.entries[0]["curve"][-1]["val_loss"]
-        limit = int(self.trainees[0].steps * (1 + MORE_STEPS))
+        start, stride = self.trainees[0].steps, ROUNDS_A_POINT * TURN_STEPS
+        limit = start + math.ceil(start * MORE_STEPS / stride) * stride
 
         def behind() -> list[tuple[Trainee, Document]]:
             both = zip(self.trainees[1:], self.entries[1:], strict=True)

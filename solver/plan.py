@@ -103,6 +103,13 @@ class Plan:
             values.flags.writeable = False
             object.__setattr__(self, name, values)
 
+    def __repr__(self) -> str:
+        return (
+            f"Plan({self.method}, {self.num_ranks} ranks, {self.num_experts} experts, floor "
+            f"{self.floor:g}, kl {self.kl:g}, time_s {self.time_s:.3g}, even_time_s "
+            f"{self.even_time_s:.3g} (simulated))"
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         # Mapping proxies do not pickle, and a Plan travels between ranks.
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         save_checkpoint as save_checkpoint,
     )
     from tamoe.exchange import Exchange as Exchange
+    from tamoe.gate import Gate as Gate
     from tamoe.gates import (
         GShardGate as GShardGate,
         NaiveGate as NaiveGate,
@@ -51,6 +52,7 @@ _HOME = {
     "Exchange": "exchange",
     "ExchangeError": "topology.errors",
     "GShardGate": "gates",
+    "Gate": "gate",
     "InfeasibleError": "topology.errors",
     "InputError": "topology.errors",
     "KernelError": "topology.errors",

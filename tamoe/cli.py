@@ -37,6 +37,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # keeps the line ends of docstrings, in the middle of sentences
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -111,7 +112,10 @@ def probe(
         Path, typer.Option("-o", "--output", metavar="FILE", help="Where to write the topology.")
     ] = Path("topology.json"),
     budget_s: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="Time that the measurement may take.")
+        float | None,
+        typer.Option(
+            metavar="SECONDS", help="Time that the measurement may take, > 0; default no limit."
+        ),
     ] = None,
     ranks: Annotated[
         int | None, typer.Option(help="Ranks on this host; default one a GPU, or one a core.")
@@ -129,7 +133,7 @@ def probe(
 
       tamoe probe --cluster '4x2:200mbit;node2=50mbit' -o t.json
     """
-    from tamoe.probe_command import run_probe
+    from tamoe.probe_command import file_of, run_probe
 
     topology = run_probe(cluster, output, budget_s=budget_s, ranks=ranks)
     if topology is None:  # another rank of a running job; rank 0 prints
@@ -142,7 +146,7 @@ def probe(
         from tamoe.tables import print_topology
 
         print_topology(topology)
-        print(f"written to {output}")
+        print(f"written to {file_of(topology, output)}")
 
 
 @app.command()
@@ -212,6 +216,8 @@ def solve(
       tamoe solve topology.json --method entropic --kl 0.1
     """
     from tamoe.solver import Workload, solve as run
+    from tamoe.topology.completeness import check_solvable
+    from tamoe.topology.documents import check_writable
     from tamoe.topology.graph import Topology
 
     workload = Workload(
@@ -222,6 +228,10 @@ def solve(
         experts_per_rank=experts_per_rank,
     )
     topology = Topology.load(topology_file)
+    if output is not None:
+        check_writable(output)
+    if warning := check_solvable(topology, str(topology_file)):
+        print(f"tamoe: {warning}", file=sys.stderr)
     plan = run(topology, workload, method=method, floor=floor, kl=kl, self_send=self_send)
     if output is not None:
         plan.save(output)
@@ -244,7 +254,8 @@ def demo(
         Path, typer.Option("-o", "--output", metavar="DIR", help="Where to write the results.")
     ] = Path("tamoe-demo"),
     steps: Annotated[
-        int | None, typer.Option(help="Training steps of each strategy; default fits six minutes.")
+        int | None,
+        typer.Option(help="Training steps of each strategy, >= 12; default fits six minutes."),
     ] = None,
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Train on this text, not on Shakespeare.")
@@ -417,6 +428,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(arguments)
     except TamoeError as error:
+        if isinstance(error, StoppedError) and sys.stderr.isatty():
+            print(file=sys.stderr)  # the line has progress on it, and the terminal's ^C
         print(f"tamoe: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
 

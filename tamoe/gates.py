@@ -1,6 +1,6 @@
 """The gates: a token's vector in, its experts and their weights out.
 
-All are top-k over linear logits (:class:`tamoe.gate.Gate`) and differ in how they weigh, drop and
+All are top-k over linear logits (:class:`tamoe.Gate`) and differ in how they weigh, drop and
 balance. How a Plan steers them is one argument, ``steer``:
 
 - ``scope="rank"`` with :class:`~tamoe.TopologyLoss`: each rank trains a gate of its own towards
@@ -34,7 +34,9 @@ class NaiveGate(Gate):
     Parameters
     ----------
     hidden_size, num_experts, top_k, options
-        See :class:`tamoe.gate.Gate`.
+        See :class:`tamoe.Gate`: ``scope``, ``steer``, ``capacity``, ``drop``, ``weights``,
+        ``renormalize``, ``aux_weight``, ``balance_over``, ``group``, ``auto_update``,
+        ``generator``, ``device``, ``dtype``.
 
     Examples
     --------
@@ -64,7 +66,9 @@ class SwitchGate(Gate):
     Parameters
     ----------
     hidden_size, num_experts, options
-        See :class:`tamoe.gate.Gate`.
+        See :class:`tamoe.Gate`: ``scope``, ``steer``, ``capacity``, ``drop``, ``weights``,
+        ``renormalize``, ``aux_weight``, ``balance_over``, ``group``, ``auto_update``,
+        ``generator``, ``device``, ``dtype``.
     jitter
         In training the gate's *input* is multiplied by U(1 - jitter, 1 + jitter) element by
         element; 0 to 1. The paper uses 0.01.
@@ -107,7 +111,9 @@ class GShardGate(Gate):
     Parameters
     ----------
     hidden_size, num_experts, top_k, options
-        See :class:`tamoe.gate.Gate`.
+        See :class:`tamoe.Gate`: ``scope``, ``steer``, ``capacity``, ``drop``, ``weights``,
+        ``renormalize``, ``aux_weight``, ``balance_over``, ``group``, ``auto_update``,
+        ``generator``, ``device``, ``dtype``.
     random_routing
         True: in training each choice after the first is dropped where twice its share of the
         token's weight is below U(0, 1), before capacity is granted. GShard does so; here it is

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
@@ -44,6 +45,15 @@ class PlanRows(Protocol):
     def log_prior_N(self, rank: int) -> np.ndarray:
         """log(target/even), ``[N]``."""
         ...
+
+
+def check_plan(plan: object) -> None:
+    """Raise :class:`InputError` where something is no Plan, such as the name of its file."""
+    if not all(hasattr(plan, name) for name in ("num_ranks", "num_experts", "target_N")):
+        raise InputError(
+            f"plan is {reprlib.repr(plan)}; allowed: a tamoe.solver.Plan, made by solve(topology, "
+            f"workload) or read by Plan.load('plan.json')"
+        )
 
 
 def resolve_rank(plan: PlanRows, group: Group = None, rank: int | None = None) -> int:
@@ -106,6 +116,7 @@ class PlanModule(nn.Module, ABC):
 
     def __init__(self, plan: PlanRows, group: Group, rank: int | None) -> None:
         super().__init__()
+        check_plan(plan)
         self.rank = resolve_rank(plan, group, rank)
         self.num_ranks = plan.num_ranks
         self.num_experts = plan.num_experts
@@ -125,6 +136,7 @@ class PlanModule(nn.Module, ABC):
         return bool(np.allclose(self.share_N * self.num_experts, 1.0, rtol=1e-3))
 
     def _adopt(self, plan: PlanRows) -> None:
+        check_plan(plan)
         if (plan.num_ranks, plan.num_experts) != (self.num_ranks, self.num_experts):
             raise InputError(
                 f"plan has {plan.num_ranks} ranks and {plan.num_experts} experts; allowed: "

@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tamoe.progress import progress_line
-from tamoe.topology.errors import InputError, ProbeError, StoppedError
+from tamoe.topology.documents import check_writable
+from tamoe.topology.errors import InputError, ProbeError, RankError, StoppedError
 from tamoe.topology.graph import Topology
+from tamoe.topology.units import counted
 
 PROBE_TIMEOUT_S = 900.0
 _LAUNCHERS = (  # what srun, Open MPI and PMI launchers call rank, world size and local rank
@@ -32,7 +34,10 @@ def run_probe(
     budget_s: float | None = None,
     ranks: int | None = None,
 ) -> Topology | None:
-    """Measure and write ``output``; None on the ranks of a running job that do not print.
+    """Measure and write the file; None on the ranks of a running job that do not print.
+
+    Only a complete measurement is written to ``output``. What there is of an incomplete one goes
+    to a name of its own beside it, see :func:`file_of`, so that it never takes a good file's place.
 
     Raises
     ------
@@ -40,6 +45,8 @@ def run_probe(
         ``cluster`` inside a running job, a budget that is not positive, an unwritable output.
     StoppedError
         Ctrl-C; the message names the partial file.
+    RankError
+        A rank died; the message names the partial file.
     """
     if budget_s is not None and not budget_s > 0:
         raise InputError(f"--budget-s is {budget_s}; allowed: > 0 seconds")
@@ -47,24 +54,64 @@ def run_probe(
         raise InputError(f"--ranks is {ranks}; allowed: 1 or more")
     if cluster is not None and ranks is not None:
         raise InputError("--ranks and --cluster: give one; the cluster says how many ranks it has")
-    if output.is_dir():
-        raise InputError(f"--output is {str(output)!r}, a folder; allowed: the name of a file")
-    if output.parent.exists() and not output.parent.is_dir():
-        raise InputError(f"--output is {str(output)!r}; {output.parent} is not a folder")
     job = job_environment(os.environ)
-    if job is not None:
-        if cluster is not None or ranks is not None:
-            raise InputError(
-                "--cluster and --ranks start ranks; this process is a rank of a running job"
-            )
-        return _probe_job(job, output, budget_s)
+    if job is not None and (cluster is not None or ranks is not None):
+        raise InputError(
+            "--cluster and --ranks start ranks; this process is a rank of a running job"
+        )
+    if job is None or job["RANK"] == "0":  # the others write nothing, perhaps on other hosts
+        check_writable(output)
+    partial = partial_file(output)
+    before = _version(partial)
     try:
-        topology = _probe_own_ranks(cluster, ranks, output, budget_s)
+        if job is not None:
+            topology = _probe_job(job, partial, budget_s)
+        else:
+            topology = _probe_own_ranks(cluster, ranks, output, budget_s)
     except KeyboardInterrupt:
-        kept = f"; what was measured is in {output}" if output.exists() else ""
-        raise StoppedError(f"probe stopped{kept}") from None
-    topology.save(output)
+        raise StoppedError(f"probe stopped{_kept(partial, before)}") from None
+    except RankError as error:
+        raise type(error)(f"{error}{_kept(partial, before)}", error.rank) from error
+    if topology is not None:
+        written = file_of(topology, output)
+        topology.save(written)
+        if written == output and _version(partial) != before:
+            partial.unlink()
     return topology
+
+
+def file_of(topology: Topology, output: Path) -> Path:
+    """Where a measurement belongs: ``output`` if it is complete, else :func:`partial_file`."""
+    complete = topology.provenance.get("status", "complete") == "complete"
+    return output if complete else partial_file(output)
+
+
+def partial_file(output: Path) -> Path:
+    """The name beside ``output`` for a measurement that is not complete.
+
+    >>> partial_file(Path("out/topology.json")).name
+    'topology.partial.json'
+    """
+    return output.with_name(f"{output.name.removesuffix('.json')}.partial.json")
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    """Changes when the file is written anew; None without one."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def _kept(partial: Path, before: tuple[int, int] | None) -> str:
+    """The end of a message: where the part is that was measured, if any was."""
+    if _version(partial) in (None, before):  # none, or of an earlier run
+        return ""
+    if not Topology.load(partial).pairs:
+        partial.unlink()
+        return "; nothing was measured yet"
+    return f"; what was measured until then is in {partial}"
 
 
 def job_environment(environment: Mapping[str, str]) -> dict[str, str] | None:
@@ -88,7 +135,7 @@ def job_environment(environment: Mapping[str, str]) -> dict[str, str] | None:
     return None
 
 
-def _probe_job(job: dict[str, str], output: Path, budget_s: float | None) -> Topology | None:
+def _probe_job(job: dict[str, str], partial: Path, budget_s: float | None) -> Topology | None:
     import torch
     import torch.distributed as dist
 
@@ -105,7 +152,7 @@ def _probe_job(job: dict[str, str], output: Path, budget_s: float | None) -> Top
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if gpu else "gloo", device_id=device)
     try:
-        return _probe_rank(dist.get_rank(), str(output), budget_s)
+        return _probe_rank(dist.get_rank(), str(partial), budget_s)
     finally:
         dist.destroy_process_group()
 
@@ -119,16 +166,23 @@ def _probe_own_ranks(
     target: ClusterSpec | int
     if cluster is not None:
         target = ClusterSpec.parse(cluster)
+        if target.num_nodes == 1 and (target.uplink_bit_per_s or target.node_bit_per_s):
+            raise InputError(
+                f"--cluster is {cluster!r}: one node, and nothing crosses its uplink; allowed: two "
+                f"nodes or more, or no uplink rate; 'intra=RATE' shapes links inside nodes"
+            )
+        print(f"probe: starting {counted(target.num_ranks, 'rank')} on {target}", file=sys.stderr)
     elif _visible_gpus():
         return _probe_own_gpus(ranks or _visible_gpus(), output, budget_s)
     else:
         target = ranks or max(2, os.cpu_count() or 2)
         print(
-            f"no GPU here: measuring this host's loopback with {target} ranks. For a cluster: "
-            f"{TORCHRUN_LINE}",
+            f"no GPU here: measuring this host's loopback with {counted(target, 'rank')}. "
+            f"For a cluster: {TORCHRUN_LINE}",
             file=sys.stderr,
         )
-    results = run_ranks(target, _probe_rank, str(output), budget_s, timeout_s=PROBE_TIMEOUT_S)
+    partial = str(partial_file(output))
+    results = run_ranks(target, _probe_rank, partial, budget_s, timeout_s=PROBE_TIMEOUT_S)
     topology: Topology = results[0]
     if cluster is None:
         return topology
@@ -139,12 +193,14 @@ def _probe_own_ranks(
 
 def _probe_own_gpus(ranks: int, output: Path, budget_s: float | None) -> Topology:
     """One rank a GPU under torchrun, where the group is NCCL's and CUDA starts in each rank."""
+    partial = partial_file(output)
+    before = _version(partial)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(ranks), "-m", "tamoe", "probe", "-o", str(output)]
     command += [] if budget_s is None else ["--budget-s", str(budget_s)]
     if subprocess.run(command, stdout=subprocess.DEVNULL).returncode != 0:
         raise ProbeError(f"probe of {ranks} GPUs failed; what the ranks said stands above")
-    return Topology.load(output)
+    return Topology.load(output if _version(partial) in (None, before) else partial)
 
 
 def _visible_gpus() -> int:
@@ -164,11 +220,8 @@ def _visible_gpus() -> int:
     return min(count, sum(1 for _ in itertools.takewhile(lambda n: n not in ("", "-1"), named)))
 
 
-def _probe_rank(rank: int, output: str, budget_s: float | None) -> Topology | None:
+def _probe_rank(rank: int, partial: str, budget_s: float | None) -> Topology | None:
     from tamoe.topology.probing import probe
 
-    topology = probe(budget_s=budget_s, progress=progress_line("probe"), partial_path=output)
-    if rank:
-        return None
-    topology.save(output)
-    return topology
+    topology = probe(budget_s=budget_s, progress=progress_line("probe"), partial_path=partial)
+    return topology if rank == 0 else None

@@ -13,13 +13,15 @@ _SECONDS_BETWEEN_LINES = 10.0  # in a log file
 def progress_line(task: str) -> Progress:
     """A function (phase, done, total, seconds left or None) that shows how far a task is.
 
-    Call it with ``done == total`` at the end of each phase; the line is then finished.
+    Call it with ``done == total`` at the end of each phase; the line is then finished. The time
+    left is shown from the first unit on that is done: before it, there is nothing to go by.
     """
     last_shown_s = -_SECONDS_BETWEEN_LINES
 
     def show(phase: str, done: int, total: int, seconds_left: float | None) -> None:
         nonlocal last_shown_s
-        left = "" if seconds_left is None else f", {seconds_left:.0f} s left"
+        timed = seconds_left is not None and 0 < done < total
+        left = f", {seconds_left:.0f} s left" if timed else ""
         line = f"{task}: {phase} {done}/{total}{left}"
         if sys.stderr.isatty():
             print(f"\r\x1b[K{line}", end="\n" if done >= total else "", file=sys.stderr, flush=True)

@@ -13,6 +13,13 @@ from tamoe.topology.units import format_time
 
 MAX_REPORT_BYTES = 5_000_000
 Setting = Mapping[str, Any]
+_LONG = 2.0  # times its prediction, from where on an exchange is explained
+_NAMES = {
+    "steep": "“Steep”: links so slow that the exchange takes most of the even step.",
+    "published share": "“Published share”: links at which the exchange takes about the part of "
+    "the even step that was published for real clusters (up to 67 %).",
+    "your cluster": "“Your cluster”: the one that --cluster named.",
+}
 
 
 def write_report(
@@ -87,15 +94,50 @@ def _section(setting: Setting, figures: Sequence[Mapping[str, str]]) -> str:
         f"<section><h2>{html.escape(title)} <small>emulated</small></h2>\n"
         f"<p>{html.escape(_setting_text(setting))}</p>\n"
         f"{_table(setting['strategies'])}\n"
+        f"{_dashes(setting)}{_over_predicted(setting)}"
         f'<p class="verdict">{html.escape(verdict(setting))}</p>\n'
         + "\n".join(_figure(figure) for figure in shown)
         + "</section>"
     )
 
 
+def _dashes(setting: Setting) -> str:
+    """What the dashes of this table mean, if it has any."""
+    strategies = setting["strategies"]
+    if not strategies:
+        return ""
+    if any(s.get("val_loss_own") is None for s in strategies):
+        text = (
+            "– : not measured before the run was stopped. Without losses at equal steps nothing "
+            "can be said of the exchange's share f, of its bound or of the cost in quality."
+        )
+    elif all(s.get("speedup_to_even_loss") for s in strategies):
+        return ""
+    elif setting.get("complete"):
+        text = "– under “to even’s loss”: not reached in half as many steps again."
+    else:
+        text = "– under “to even’s loss”: not reached when the run was stopped."
+    return f'<p class="note">{html.escape(text)}</p>\n'
+
+
+def _over_predicted(setting: Setting) -> str:
+    """Why some exchanges took so much longer than the cost model says, if any did."""
+    long = [s for s in setting["strategies"] if (s.get("training_over_predicted") or 0) > _LONG]
+    if not long:
+        return ""
+    found = ", ".join(
+        f"{_capital(s['name'])} {s['training_over_predicted']:.1f} times" for s in long
+    )
+    text = (
+        f"Longer than predicted: {found}. These exchanges are short, and ranks that share a few "
+        f"cores wait for each other in them, which the cost model knows nothing of."
+    )
+    return f'<p class="note">{html.escape(text)}</p>\n'
+
+
 def _setting_text(setting: Setting) -> str:
     work = setting.get("workload", {})
-    parts = []
+    parts = [_NAMES[setting["setting"]]] if setting["setting"] in _NAMES else []
     if work:
         parts.append(
             f"{work['num_ranks']} ranks on {len(setting['nodes'])} nodes, {work['num_blocks']} MoE "
@@ -119,7 +161,8 @@ def _table(strategies: Sequence[Mapping[str, Any]]) -> str:
         name = html.escape(strategy["name"])
         rows.append(f"<tr><th scope='row'>{name}</th>{cells}</tr>")
     return (
-        "<div class='scroll'><table><thead><tr><th>strategy</th>"
+        f"<p class='note'>{1 + len(_COLUMNS)} columns; in a narrow window, scroll the table "
+        "sideways →</p><div class='scroll' tabindex='0'><table><thead><tr><th>strategy</th>"
         + head
         + "</tr></thead><tbody>"
         + "".join(rows)
@@ -135,7 +178,7 @@ _COLUMNS: tuple[tuple[str, str, str, str], ...] = (
      "its final validation loss; contains the cost in quality"),
     ("loss, own", "val_loss_own", "{:.3f}", "validation loss at equal steps on own ranks"),
     ("vs even", "val_loss_over_even", "{:+.1%}", "validation loss on own ranks against even"),
-    ("foreign", "val_loss_foreign", "{:.3f}", "loss with tokens sent from other nodes' ranks"),
+    ("foreign", "val_loss_foreign", "{:.3f}", "loss on foreign text: that of the next node"),
     ("unsteered", "val_loss_no_bias", "{:.3f}", "loss with the steering removed"),
     ("over node links", "remote_share", "{:.1%}", "share of dispatched bytes that leave the node"),
     ("dropped", "dropped_share", "{:.1%}", "share of the gate's choices that capacity dropped"),
@@ -175,6 +218,12 @@ def verdict(setting: Setting) -> str:
     ]
     if not rated:
         return "Nothing to compare yet: no strategy besides the even one was measured."
+    if all(s.get("val_loss_own") is None for s in rated):
+        return (
+            f"Preliminary: the run was stopped after {setting['steps']} steps a strategy, before "
+            f"any loss was compared, so what the speed cost in quality is not known and the "
+            f"speeds are those of a few steps."
+        )
     best = max(rated, key=lambda s: s["speedup_to_even_loss"] or s["speedup_over_even"] / 1e3)
     text = (
         f"{_capital(best['name'])} trained {best['speedup_over_even']:.1f} times as many tokens a "
@@ -203,7 +252,7 @@ def _cost(best: Mapping[str, Any]) -> str:
     foreign, unsteered = best.get("val_loss_foreign"), best.get("val_loss_no_bias")
     if foreign is not None and unsteered is not None:
         text += (
-            f" ({best['val_loss_own']:.3f} nats a byte; {foreign:.3f} on text of other nodes, "
+            f" ({best['val_loss_own']:.3f} nats a byte; {foreign:.3f} on foreign text, "
             f"{unsteered:.3f} with the steering removed)"
         )
     return text + "."
@@ -250,13 +299,18 @@ cost model.</li>
 no rows move, counts are not agreed on and experts are evenly loaded. No way to exchange can gain
 more than 1/(1 − f).</li>
 <li><b>to even’s loss</b> is the honest speed-up: training time until the validation loss stays at
-or below the one that the even run ended with. A dash means that it was not reached in half as many
-steps again.</li>
+or below the one that the even run ended with.</li>
 <li>Every rank trains on windows from the whole text. <b>own</b>: each rank routes its own stretch
 of held-out text; <b>foreign</b>: the stretch of the next node's ranks. <b>unsteered</b>: the bias
 is zero; where each rank has a gate of its own, the mean of all gates routes.</li>
+<li><b>dropped</b>: share of the gate's choices that were over an expert's capacity and got no
+expert.</li>
+<li><b>over predicted</b>: the exchange in training over the cost model's time for the same counts;
+1 is a perfect prediction. <b>alone over predicted</b>: the same with nothing else running.</li>
+<li><b>gradients</b>: the part of a step that averages the gradients of what is not an expert.</li>
 <li>A few minutes of training show speed, not final quality. A longer run with several seeds shows
-quality: <code>experiments/quality.json</code>.</li>
+quality: <code>python -m tamoe.experiments.quality -o quality.json</code> makes one; the
+repository has its results in <code>experiments/quality.json</code>.</li>
 </ul></section>
 <section><h2>How it was made</h2><pre>{command}</pre>{made}</section>
 </main></body></html>
@@ -273,9 +327,13 @@ h1{font-size:1.9rem;line-height:1.2;margin:0 0 .75rem}h2{font-size:1.3rem;margin
 small{font-weight:400;color:var(--soft);font-size:.75em}
 p,ul{max-width:46rem}.lead{font-size:1.05rem;color:var(--soft)}
 .verdict{border-left:4px solid #0072b2;padding-left:1rem;font-size:1.05rem}
+.note{color:var(--soft);font-size:.86rem}
 .notice{border-left:4px solid #d55e00;padding-left:1rem}
-.scroll{overflow-x:auto;margin:1rem 0}
-table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums;width:100%}
+.scroll{overflow-x:auto;max-width:100%;margin:.25rem 0 1rem;border:1px solid var(--line);
+border-radius:6px;background:var(--card)}
+.scroll th:first-child{position:sticky;left:0;background:var(--card)}
+table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums;
+width:100%;min-width:68rem}
 th,td{padding:.45rem .4rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 thead th{color:var(--soft);font-weight:500;white-space:normal;vertical-align:bottom;line-height:1.2}
 th:first-child{text-align:left}

@@ -7,7 +7,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tamoe.topology.units import format_bytes, format_rate, format_time
+from tamoe.topology.completeness import ORIGINS_IN_WORDS, what_is_missing
+from tamoe.topology.units import counted, format_bytes, format_rate, format_time
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,9 +35,11 @@ def print_topology(topology: Topology) -> None:
     """Nodes, then every uplink with its rate, latency and origin."""
     label = topology.provenance.get("label", "given")
     print(
-        f"{topology.num_ranks} ranks on {topology.num_nodes} nodes, "
+        f"{counted(topology.num_ranks, 'rank')} on {counted(topology.num_nodes, 'node')}, "
         f"{topology.contention} contention ({label})"
     )
+    if missing := what_is_missing(topology):
+        print(f"PARTIAL: {missing}")
     if topology.contention == "pairwise":
         _print_pairs(topology)
         return
@@ -56,6 +59,9 @@ def print_topology(topology: Topology) -> None:
     _print(table)
     if len(uplinks) > MAX_ROWS:
         _print_levels(uplinks)
+    for origin, meaning in ORIGINS_IN_WORDS.items():
+        if any(link.origin == origin for link in topology.links):
+            print(f"{origin}: {meaning}")
     for note in topology.provenance.get("notes", []):
         print(note)
 

@@ -11,7 +11,7 @@ import torch
 from scipy import integrate, optimize, stats
 from torch import nn
 
-from tamoe import TopologyBias
+from tamoe import TopologyBias, TopologyLoss
 from tamoe.functional import expert_counts
 from tamoe.topology.errors import InputError
 from tests.plan_rows import Rows, two_nodes
@@ -305,3 +305,11 @@ def test_wrong_arguments_are_named():
     zero[0, 1] = 0
     with np.errstate(divide="ignore"), pytest.raises(InputError, match="plan: log_prior_N"):
         TopologyBias(Rows(zero), rank=0)
+
+
+@pytest.mark.parametrize("kind", [TopologyBias, TopologyLoss])
+def test_what_is_no_plan_is_refused(kind: type) -> None:
+    with pytest.raises(
+        InputError, match=r"plan is 'plan.json'; allowed: a tamoe.solver.Plan.*load"
+    ):
+        kind("plan.json", rank=0)

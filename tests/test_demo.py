@@ -16,9 +16,10 @@ from tamoe.experiments.strategies import default_strategies
 from tamoe.experiments.train import Job, train_rank
 from tamoe.experiments.trainee import TrainConfig
 from tamoe.solver import Workload, solve
-from tamoe.topology.errors import InputError
+from tamoe.topology.errors import InputError, StoppedError
 from tamoe.topology.graph import Link, Topology
 from tamoe.topology.ranks import run_ranks
+from tamoe.topology.spec import ClusterSpec
 
 from .results_examples import example_setting
 
@@ -64,6 +65,34 @@ def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="a file; allowed: a folder"):
         run_demo(out=taken)
     assert taken.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("probed", "message"),
+    [
+        (StoppedError("probe stopped"), r"before a step was timed: probe stopped$"),
+        (KeyboardInterrupt(), r"before a step was timed: nothing was measured yet$"),
+        (None, r"the links that were measured are in .*your-cluster/topology\.json$"),
+    ],
+)
+def test_a_demo_that_is_stopped_early_says_what_there_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, probed: BaseException | None, message: str
+) -> None:
+    def probe(spec: str, output: Path) -> Topology:
+        if probed is not None:
+            raise probed
+        topology = ClusterSpec.parse(spec).topology()
+        topology.save(output)
+        return topology
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tamoe.probe_command.run_probe", probe)
+    monkeypatch.setattr("tamoe.topology.ranks.run_ranks", interrupted)
+    with pytest.raises(StoppedError, match=message):
+        run_demo("2x1:100mbit", tmp_path / "demo")
+    assert (tmp_path / "demo" / "your-cluster" / "topology.json").exists() == (probed is None)
 
 
 # ---- training on real ranks -------------------------------------------------------------------

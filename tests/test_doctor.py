@@ -79,6 +79,27 @@ Path("/proc/sys/user/max_net_namespaces").write_text("0")
         assert found[name].detail == "not tried: it needs namespaces"
 
 
+def test_missing_netem_is_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyroute2
+    from pyroute2.netlink.exceptions import NetlinkError
+
+    class Refusing:
+        def __enter__(self) -> Refusing:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def tc(self, *_: object, **__: object) -> None:
+            raise NetlinkError(2, "RTNETLINK answers: No such file or directory")
+
+    monkeypatch.setattr("tamoe.topology.linux.unshare", lambda _flags: None)
+    monkeypatch.setattr(pyroute2, "IPRoute", Refusing)
+    detail, fix = doctor._netem()
+    assert detail.startswith("the kernel has no netem (No such file or directory): latency")
+    assert "sch_netem" in fix
+
+
 def test_low_limit_of_open_files_is_bad() -> None:
     def lower() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))

@@ -245,3 +245,10 @@ def test_truncated_and_missing_files_are_refused(plan: Plan, tmp_path: Path) -> 
         Plan.load(file)
     with pytest.raises(InputError, match="cannot read"):
         Plan.load(tmp_path / "none.json")
+
+
+def test_a_plan_shows_itself_in_a_line() -> None:
+    topology = Topology.from_tree("2x2", bandwidth_bytes_per_s=(1e9, 1e8))
+    plan = solve(topology, Workload(tokens_per_rank=1000, top_k=1), floor=0.1)
+    assert repr(plan).startswith("Plan(exact, 4 ranks, 4 experts, floor 0.1, kl 0, time_s ")
+    assert len(repr(plan)) < 120

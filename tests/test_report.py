@@ -86,7 +86,8 @@ def test_every_setting_has_all_figures_and_each_says_that_it_is_emulated(
         assert base64.b64decode(figure["data_uri"].split(",")[1]) == svg
         # matplotlib writes each text it draws as a comment before its outlines
         texts = " ".join(re.findall(r"<!--(.*?)-->", svg.decode(), flags=re.DOTALL))
-        assert "emulated" in texts, figure["name"]
+        cluster = "4x2:50mbit" if figure["setting"] == "steep" else "4x2:160mbit"
+        assert f"({cluster}, emulated)" in texts, figure["name"]
 
 
 def test_the_table_comes_first_and_shows_every_strategy(
@@ -116,13 +117,16 @@ def test_a_loss_that_nobody_reached_is_said_and_shown_as_a_dash() -> None:
     for strategy in setting["strategies"][1:]:
         strategy["speedup_to_even_loss"] = strategy["time_to_even_loss_s"] = None
     assert "No strategy that was faster reached the even run's final loss" in verdict(setting)
-    assert "<td>–</td>" in render_report(setting, [])
+    page = render_report(setting, [])
+    assert "<td>–</td>" in page and "not reached in half as many steps again" in page
+    assert "not reached" not in render_report(example_setting(), [])
+    setting["complete"] = False
+    assert "not reached when the run was stopped" in render_report(setting, [])
 
 
 def test_a_run_that_ended_early_still_gives_a_page(tmp_path: Path) -> None:
     setting = example_setting()
     setting["complete"] = False
-    setting["compute_step_s"] = None
     for key in ("exchange_share", "speedup_bound"):
         setting.pop(key)
     # After one round: a few times, one point a curve, no losses at the end.
@@ -132,13 +136,39 @@ def test_a_run_that_ended_early_still_gives_a_page(tmp_path: Path) -> None:
         blank.update({key: strategy[key] for key in kept}, curve=strategy["curve"][:1])
         strategy.clear()
         strategy.update(blank)
+    setting["compute_step_s"] = 0.6  # of a few noisy steps: the bound would be 2, a speed-up is 5
     complete_setting(setting)
     page = render_report(setting, draw_all(setting, tmp_path))
     _parsed(page)
     assert "This run ended early" in page
+    # No bound beside speed-ups above it, no praise without the quality, no dash explained wrongly.
+    assert "f = 0" not in page and "can gain more than 1/(1 − f) =" not in page
+    assert "Preliminary" in page and "times as many tokens" not in page
+    assert "not measured before the run was stopped" in page and "not reached" not in page
     # And before any training at all.
     setting["strategies"] = []
     assert "Nothing to compare yet" in render_report(setting, draw_all(setting, tmp_path))
+
+
+def test_columns_names_and_long_exchanges_are_explained(document: Document) -> None:
+    page = render_report(document, [])
+    for column in ("over predicted", "alone over predicted", "gradients", "dropped", "foreign"):
+        assert f"<b>{column}</b>:" in page, column
+    assert "“Steep”: links so slow" in page and "“Published share”: links at which" in page
+    assert "python -m tamoe.experiments.quality -o quality.json" in page
+    assert "scroll the table sideways" in page
+    assert "Longer than predicted" not in page
+    setting = example_setting()
+    setting["strategies"][-1]["training_over_predicted"] = 3.66
+    page = render_report(setting, [])
+    assert "Longer than predicted: “bias kl=0.3” 3.7 times" in page
+    assert "wait for each other" in page
+
+
+def test_one_word_for_foreign_text(figures: list[dict[str, str]]) -> None:
+    quality = next(figure for figure in figures if figure["name"] == "quality")
+    assert "foreign text" in quality["caption"]
+    assert "on foreign text" in verdict(example_setting())
 
 
 def test_names_cannot_inject_markup() -> None:

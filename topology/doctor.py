@@ -144,7 +144,8 @@ def _netem() -> tuple[str, str]:
         try:
             ip.tc("add", "netem", index=1, delay=1000)
         except NetlinkError as error:
-            detail = f"the kernel has no netem ({error}): latency is not shaped, rates are"
+            reason = os.strerror(error.code)
+            detail = f"the kernel has no netem ({reason}): latency is not shaped, rates are"
             return detail, _KERNEL_FIX.format(module="sch_netem")
     return "a delay was set", ""
 

@@ -17,9 +17,40 @@ from typing import Any
 from tamoe.topology.errors import InputError
 
 
+def check_writable(path: str | os.PathLike[str], name: str = "--output") -> None:
+    """Make the folder of a file and try to write there, before work is spent on its content.
+
+    Trying is the only test that holds for every file system and user.
+
+    Raises
+    ------
+    InputError
+        The path is a folder, its folder cannot be made or is not one, or writing is refused.
+    """
+    target = Path(path)
+    if os.path.isdir(target):  # pathlib's raises where the folder above may not be read
+        raise InputError(f"{name} is {str(path)!r}, a folder; allowed: the name of a file")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, trial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(
+            f"{name} is {str(path)!r}; {target.parent} is not a folder; allowed: a name in a folder"
+        ) from None
+    except OSError as error:
+        raise InputError(
+            f"{name} is {str(path)!r}: cannot write there: {error.strerror}; allowed: a place that "
+            f"you may write to"
+        ) from None
+    os.close(handle)
+    os.unlink(trial)
+
+
 def write_document(path: str | os.PathLike[str], document: Mapping[str, Any]) -> None:
     """Write a JSON file so that a reader sees the old or the new content, never half of one."""
     target = Path(path)
+    if os.path.isdir(target):  # what the kernel says of replacing one is no help
+        raise InputError(f"cannot write {target}: it is a folder; allowed: the name of a file")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tamoe.topology.completeness import what_is_missing
 from tamoe.topology.errors import InputError
 from tamoe.topology.graph import Topology
 from tamoe.topology.link import Link
-from tamoe.topology.units import format_rate, format_time
+from tamoe.topology.units import counted, format_rate, format_time
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,8 +65,11 @@ def topology_figure(topology: Topology) -> Figure:
 
 def _title(topology: Topology) -> str:
     label = topology.provenance.get("label") or "given"
-    ranks, nodes = topology.num_ranks, topology.num_nodes
-    return f"{ranks} rank{'s' * (ranks > 1)} on {nodes} node{'s' * (nodes > 1)} ({label})"
+    ranks, nodes = counted(topology.num_ranks, "rank"), counted(topology.num_nodes, "node")
+    title = f"{ranks} on {nodes} ({label})"
+    if what_is_missing(topology) is None:
+        return title
+    return f"{title} – PARTIAL: the measurement ended early"
 
 
 def draw_heatmap(axes: Axes, topology: Topology) -> None:

@@ -32,6 +32,15 @@ def format_time(seconds: float) -> str:
     return _scaled(seconds, (("s", 1.0), ("ms", 1e-3)), "µs", smallest=1e-6)
 
 
+def counted(number: int, what: str) -> str:
+    """A number of things.
+
+    >>> counted(1, "node"), counted(2, "rank")
+    ('1 node', '2 ranks')
+    """
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def _scaled(
     value: float, units: tuple[tuple[str, float], ...], base: str, smallest: float = 1.0
 ) -> str:
