@@ -8,30 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-import typer.core
 
-from tamoe.topology.errors import InputError, StoppedError, TamoeError
-
-
-class _Commands(typer.core.TyperGroup):
-    """Ctrl-C in any command ends with a message; typer would leave without a word."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            raise StoppedError("stopped; nothing is left running") from None
-
+from tamoe.cli_bench import bench
+from tamoe.cli_kernels import kernels
+from tamoe.cli_parts import Cluster, Commands, Json, print_json
+from tamoe.topology.errors import StoppedError, TamoeError
 
 app = typer.Typer(
     name="tamoe",
-    cls=_Commands,
+    cls=Commands,
     help="Topology-aware Mixture-of-Experts training: measure the links, solve for the dispatch, "
     "steer the router.",
     no_args_is_help=True,
@@ -42,14 +32,6 @@ app = typer.Typer(
 )
 
 TopologyFile = Annotated[Path, typer.Argument(metavar="TOPOLOGY.json", help="A topology file.")]
-Cluster = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SPEC",
-        help="Emulate this cluster, such as '4x2:200mbit' or '[[2,2],[2]]:400mbit,100mbit'.",
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
 def _version(wanted: bool) -> None:
@@ -80,7 +62,7 @@ def doctor(json_output: Json = False) -> None:
 
     checks = diagnose()
     if json_output:
-        _print_json([dataclasses.asdict(check) for check in checks])
+        print_json([dataclasses.asdict(check) for check in checks])
     else:
         print_checks(checks)
 
@@ -141,7 +123,7 @@ def probe(
     if json_output:
         from tamoe.topology.formats import topology_to_document
 
-        _print_json(topology_to_document(topology))
+        print_json(topology_to_document(topology))
     else:
         from tamoe.tables import print_topology
 
@@ -171,7 +153,7 @@ def show(
     if json_output:
         from tamoe.topology.formats import topology_to_document
 
-        _print_json(topology_to_document(topology))
+        print_json(topology_to_document(topology))
     else:
         from tamoe.tables import print_topology
 
@@ -238,7 +220,7 @@ def solve(
     if json_output:
         from tamoe.tables import plan_summary
 
-        _print_json(plan_summary(plan))
+        print_json(plan_summary(plan))
     else:
         from tamoe.tables import print_plan
 
@@ -283,144 +265,8 @@ def demo(
         print((output / "results.json").read_text(), end="")
 
 
-bench = typer.Typer(
-    cls=_Commands, help="Time parts of tamoe against their bounds.", no_args_is_help=True
-)
 app.add_typer(bench, name="bench")
-
-
-@bench.callback()
-def _bench() -> None:
-    pass
-
-
-@bench.command("exchange")
-def bench_exchange(
-    cluster: Cluster = None,
-    topology: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Topology of the running job, from tamoe probe."),
-    ] = None,
-    output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="FILE", help="JSON; a .png goes beside it.")
-    ] = Path("bench-exchange.json"),
-    tokens: Annotated[str, typer.Option(help="Tokens of each rank, such as 128,512.")] = "128,512",
-    top_k: Annotated[str, typer.Option(help="Experts of each token, such as 1,2,8.")] = "1,2,8",
-    skew: Annotated[str, typer.Option(help="even, local, one-hot; several with commas.")] = "even",
-    experts_per_rank: Annotated[int, typer.Option(help="Experts on each rank.")] = 8,
-    hidden_size: Annotated[int, typer.Option(help="Numbers in a token, 4 bytes each.")] = 512,
-    repetitions: Annotated[int, typer.Option(help="Of each exchange, in turns.")] = 5,
-    json_output: Json = False,
-) -> None:
-    """Time every exchange, dispatch and combine, against the bound of its bytes.
-
-    On an emulated cluster, or under torchrun with the topology of the job. Times are medians of the
-    last rank; "of bound" is the busiest link's time for its rows over the measured time.
-
-    Examples:
-
-      tamoe bench exchange --cluster 2x4:200mbit
-
-      torchrun --nnodes 4 --nproc-per-node 8 -m tamoe bench exchange --topology topology.json
-    """
-    from tamoe.bench_command import print_scores, run_bench
-
-    scores = run_bench(
-        cluster,
-        topology,
-        output,
-        tokens=_numbers("--tokens", tokens),
-        top_k=_numbers("--top-k", top_k),
-        skew=[part.strip() for part in skew.split(",")],
-        experts_per_rank=experts_per_rank,
-        hidden_size=hidden_size,
-        repetitions=repetitions,
-    )
-    if scores is None:  # another rank of a running job
-        return
-    if json_output:
-        print(output.read_text(), end="")
-    else:
-        print_scores(scores, cluster or str(topology))
-        print(f"written to {output} and {output.with_suffix('.png')}")
-
-
-def _numbers(name: str, text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise InputError(f"{name} is {text!r}; allowed: whole numbers with commas between them")
-    return [int(part) for part in parts]
-
-
-kernels = typer.Typer(
-    cls=_Commands,
-    help="Build the CUDA kernels, or check what can be checked of them without a GPU.",
-    no_args_is_help=True,
-)
 app.add_typer(kernels, name="kernels")
-
-
-@kernels.command("build")
-def kernels_build(
-    arch: Annotated[
-        list[str] | None,
-        typer.Option(metavar="SM", help="Such as sm_90; may be repeated. Default: all, and PTX."),
-    ] = None,
-    output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="FILE", help="Where to write the library.")
-    ] = Path("libtamoe.so"),
-    ptx: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Write PTX for compute_90 here instead of a library."),
-    ] = None,
-    json_output: Json = False,
-) -> None:
-    """Compile the kernels with nvcc into one library, or into PTX to read or run elsewhere.
-
-    A GPU's first use builds what it needs by itself; this makes the library of a release.
-
-    Examples:
-
-      tamoe kernels build --arch sm_90 -o libtamoe.so
-
-      tamoe kernels build --ptx ptx
-    """
-    from tamoe.kernels_command import build
-
-    built = build(arch, output, ptx)
-    if json_output:
-        _print_json(built)
-    else:
-        for file in built["files"]:
-            print(f"{file['path']}: {file['bytes']} bytes")
-
-
-@kernels.command("check")
-def kernels_check(
-    arch: Annotated[
-        list[str] | None,
-        typer.Option(metavar="SM", help="Such as sm_90; may be repeated. Default: all."),
-    ] = None,
-    json_output: Json = False,
-) -> None:
-    """Compile the kernels strictly for every architecture; registers, spills, 16-byte accesses.
-
-    Fails on a compiler's warning, a spilled register, use of local memory, or a copying kernel
-    whose machine code lacks loads or stores of 16 bytes. Says nothing about speed.
-
-    Example: tamoe kernels check --arch sm_90
-    """
-    from tamoe.kernels_command import check, print_facts
-
-    facts = check(arch)
-    if json_output:
-        _print_json([dataclasses.asdict(fact) for fact in facts])
-    else:
-        print_facts(facts)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1, allow_nan=False))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,0 +1,78 @@
+"""``tamoe bench``: parts of tamoe against their bounds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tamoe.cli_parts import Cluster, Commands, Json
+from tamoe.topology.errors import InputError
+
+bench = typer.Typer(
+    cls=Commands, help="Time parts of tamoe against their bounds.", no_args_is_help=True
+)
+
+
+@bench.callback()
+def _bench() -> None:
+    pass
+
+
+@bench.command("exchange")
+def bench_exchange(
+    cluster: Cluster = None,
+    topology: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Topology of the running job, from tamoe probe."),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="FILE", help="JSON; a .png goes beside it.")
+    ] = Path("bench-exchange.json"),
+    tokens: Annotated[str, typer.Option(help="Tokens of each rank, such as 128,512.")] = "128,512",
+    top_k: Annotated[str, typer.Option(help="Experts of each token, such as 1,2,8.")] = "1,2,8",
+    skew: Annotated[str, typer.Option(help="even, local, one-hot; several with commas.")] = "even",
+    experts_per_rank: Annotated[int, typer.Option(help="Experts on each rank.")] = 8,
+    hidden_size: Annotated[int, typer.Option(help="Numbers in a token, 4 bytes each.")] = 512,
+    repetitions: Annotated[int, typer.Option(help="Of each exchange, in turns.")] = 5,
+    json_output: Json = False,
+) -> None:
+    """Time every exchange, dispatch and combine, against the bound of its bytes.
+
+    On an emulated cluster, or under torchrun with the topology of the job. Times are medians of the
+    last rank; "of bound" is the busiest link's time for its rows over the measured time.
+
+    Examples:
+
+      tamoe bench exchange --cluster 2x4:200mbit
+
+      torchrun --nnodes 4 --nproc-per-node 8 -m tamoe bench exchange --topology topology.json
+    """
+    from tamoe.bench_command import print_scores, run_bench
+
+    scores = run_bench(
+        cluster,
+        topology,
+        output,
+        tokens=_numbers("--tokens", tokens),
+        top_k=_numbers("--top-k", top_k),
+        skew=[part.strip() for part in skew.split(",")],
+        experts_per_rank=experts_per_rank,
+        hidden_size=hidden_size,
+        repetitions=repetitions,
+    )
+    if scores is None:  # another rank of a running job
+        return
+    if json_output:
+        print(output.read_text(), end="")
+    else:
+        print_scores(scores, cluster or str(topology))
+        print(f"written to {output} and {output.with_suffix('.png')}")
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise InputError(f"{name} is {text!r}; allowed: whole numbers with commas between them")
+    return [int(part) for part in parts]
