@@ -19,9 +19,9 @@ from tamoe.waiting import Patience
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Headers travel in a message of fixed size: ranks that disagree on the number of experts must
-# still be able to read each other. Up to 55 counts for a peer fit in beside the header; further
+# still be able to read each other. Up to 247 counts for a peer fit in beside the header; further
 # ones follow in a second message, whose size is agreed on by then.
-MESSAGE_WORDS = 64
+MESSAGE_WORDS = 256
 _FIELDS = ("dtype", "hidden_size", "top_k", "num_experts", "requires_grad", "weight_TK", "exchange")
 
 
@@ -53,7 +53,7 @@ INLINE_COUNTS = MESSAGE_WORDS - HEADER_WORDS
 
 def layout_code(kind: str, schedule: str, nodes: Nodes) -> int:
     """A number that differs, but for chance, between exchanges that cannot work together."""
-    return zlib.crc32(repr((kind, schedule, nodes)).encode())
+    return zlib.crc32(repr((kind, schedule, nodes)).encode()) >> 1  # fits 32 bits with a sign
 
 
 def exchange_counts(
@@ -93,9 +93,9 @@ def exchange_counts(
     """
     num_ranks, num_counts = count_PW.shape
     inline = min(num_counts, INLINE_COUNTS)
-    message = torch.zeros(num_ranks, MESSAGE_WORDS, dtype=torch.int64, device=count_PW.device)
+    message = torch.zeros(num_ranks, MESSAGE_WORDS, dtype=torch.int32, device=count_PW.device)
     message[:, :HEADER_WORDS] = torch.tensor(header.words(), device=count_PW.device)
-    message[:, 0] += refused.to(torch.int64)
+    message[:, 0] += refused.to(torch.int32)
     message[:, HEADER_WORDS : HEADER_WORDS + inline] = count_PW[:, :inline]
     answer = _swapped(message, group, patience)
     host = torch.cat([answer.flatten(), count_PW.flatten(), message[:1, 0]]).tolist()

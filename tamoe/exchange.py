@@ -32,7 +32,7 @@ Kind = Literal["auto", "flat", "hierarchical", "none"]
 KINDS: tuple[Kind, ...] = ("auto", "flat", "hierarchical", "none")
 # Parts cost messages, so a rank's tokens are cut only into parts of a size that hides them.
 PART_BYTES = 2**18
-MOST_PARTS = 4
+MOST_PARTS = 6
 _Planned = tuple[FlatRoute | RelayRoute, list[int], list[list[int]]]
 
 
@@ -64,11 +64,10 @@ class Exchange:
     depend on kind or schedule. A row is multiplied by its weight and rounded to the rows' dtype
     before it is added.
 
-    A dispatch needs one host round trip for counts, two where a rank has to be told more than 55
+    A dispatch needs one host round trip for counts, two where a rank has to be told more than 247
     counts (flat: the experts of a rank; hierarchical: those of a node and twice the nodes, for each
-    part); combine and
-    the backward passes need none. All ranks must call dispatch and combine, and run backward,
-    equally often and in the same order, also ranks without tokens.
+    part); combine and the backward passes need none. All ranks must call dispatch and combine, and
+    run backward, equally often and in the same order, also ranks without tokens.
 
     Parameters
     ----------
@@ -340,7 +339,7 @@ class Exchange:
     ) -> tuple[list[list[int]], list[list[int]]]:
         """Words told to each rank and by each rank."""
         if self._mover.group is not None:
-            with timed("counts", word_PW.device, 0, 0):
+            with timed("counts", word_PW.device):
                 answer = exchange_counts(
                     asked.header, word_PW, asked.refused, self._mover.group, self._mover.patience
                 )

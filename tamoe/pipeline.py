@@ -8,7 +8,7 @@ adds up and moves rows inside its node.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from tamoe.schedules import Waiting
 
@@ -25,7 +25,9 @@ def turns(num_parts: int, num_hops: int) -> list[int]:
     return [part for _, _, part in sorted(slots)]
 
 
-def run_in_turns(parts: Sequence[Part], num_hops: int, num_rounds: int) -> None:
+def run_in_turns(
+    parts: Sequence[Part], num_hops: int, num_rounds: int, meanwhile: Callable[[], None]
+) -> None:
     """Run every part to its end, one round of one part between nodes at a time.
 
     Parameters
@@ -36,6 +38,8 @@ def run_in_turns(parts: Sequence[Part], num_hops: int, num_rounds: int) -> None:
         Hops between nodes of each part.
     num_rounds
         Rounds of each hop.
+    meanwhile
+        Called once, while the first rows are under way, or at the start where none are.
     """
     ready: set[int] = set()
 
@@ -47,11 +51,15 @@ def run_in_turns(parts: Sequence[Part], num_hops: int, num_rounds: int) -> None:
 
     order = turns(len(parts), num_hops)
     arrived: int | None = None
+    if not order or not num_rounds:
+        meanwhile()
     for turn, part in enumerate(order):
-        for _ in range(num_rounds):
+        for number in range(num_rounds):
             prepare(part)
             ready.discard(part)
             wait = next(parts[part])
+            if turn == 0 and number == 0:
+                meanwhile()
             if arrived is not None and arrived != part:
                 prepare(arrived)
             if turn + 1 < len(order) and order[turn + 1] != part:

@@ -94,17 +94,24 @@ def note_counts(sent_counts_N: list[int]) -> None:
         record.sent_counts_N.append(list(sent_counts_N))
 
 
-@contextmanager
-def timed(
-    phase: Phase, device: torch.device, sent_bytes: int, cross_node_bytes: int
-) -> Iterator[None]:
-    """Add the block's time and bytes to the open records."""
-    if not _open:
-        yield
-        return
+def recording() -> bool:
+    """Whether a record is open."""
+    return bool(_open)
+
+
+def note_bytes(phase: Phase, sent_bytes: int, cross_node_bytes: int) -> None:
+    """Add bytes sent to other ranks, and those of them to other nodes, to the open records."""
     for record in _open:
         record.sent_bytes[phase] += sent_bytes
         record.cross_node_bytes[phase] += cross_node_bytes
+
+
+@contextmanager
+def timed(phase: Phase, device: torch.device) -> Iterator[None]:
+    """Add the block's time to the open records."""
+    if not _open:
+        yield
+        return
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

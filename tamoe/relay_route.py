@@ -10,6 +10,7 @@ dropped, m copies.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -17,21 +18,19 @@ from itertools import accumulate
 import torch
 
 from tamoe.flat import repeated
-from tamoe.relays import Copies
-from tamoe.shares import Told, counts_for_ranks
+from tamoe.shares import Share, Told, counts_for_ranks
 from tamoe.solver.relays import Relays
 from tamoe.summation import Stage, plan_stage
 
 
 @dataclass(frozen=True, eq=False)
 class Hop:
-    """Copies that travel together, and the sum that their way back ends in."""
+    """Copies that travel together."""
 
-    level: int  # of the switches that it crosses; 0 inside the node
+    level: int  # of the switches that they cross; 0 inside the node
     copy_m: torch.Tensor  # which copies to send, sorted by the rank that they go to
     send_splits: tuple[int, ...]
     receive_splits: tuple[int, ...]
-    stage: Stage  # adds what comes back to the sums so far, by copy
 
     @property
     def num_received(self) -> int:
@@ -45,40 +44,34 @@ class Hops:
 
     between: tuple[Hop, ...]
     inside: Hop
+    stages: tuple[Stage, ...]  # for each hop: adds what comes back by it to the sums so far
     token_m: torch.Tensor  # token of each sum at the end of the way back
+    most_rows: int  # that a rank of the node sends or gets inside it
+
+    @property
+    def all(self) -> tuple[Hop, ...]:
+        """In order."""
+        return (*self.between, self.inside)
 
 
 # ---- what ranks tell each other ---------------------------------------------------------------
 
 
-def positions_to_tell(
-    own_P: Sequence[Told], copies: Copies, position_n: torch.Tensor, relays: Relays
-) -> list[torch.Tensor]:
+def positions_to_tell(share: Share, relays: Relays) -> list[torch.Tensor]:
     """Places of this rank's tokens in lists of copies, that each rank needs to know.
 
     A relay gets the places of the copies to send on, by target node, then those of the choices, by
     expert. Other ranks get nothing, nor does this one: on its own node it has the choices.
-
-    Parameters
-    ----------
-    own_P
-        The counts that this rank tells each rank.
-    copies
-        Of this rank's tokens.
-    position_n
-        Place of each choice's token on the node of its expert; choices are sorted by expert.
-    relays
-        Who relays.
     """
-    blocks = _forwarded(own_P, copies, relays)
-    choices_P = position_n.split([*map(sum, counts_for_ranks(own_P, relays))])
+    blocks = _forwarded(share, relays)
+    choices_P = share.position_n.split([*map(sum, counts_for_ranks(share.own_P, relays))])
     tell = []
     for rank, node in enumerate(relays.node_of):
         if node == relays.node or relays.relay_PM[relays.rank][node] != rank:
-            tell.append(position_n[:0])
+            tell.append(share.position_n[:0])
             continue
         onward = [
-            copies.position_TM[blocks[node, target], node]
+            share.copies.position_TM[blocks[node, target], node]
             for target in range(len(relays.nodes))
             if (node, target) in blocks
         ]
@@ -93,72 +86,75 @@ def num_positions(told: Told, source: int, relays: Relays) -> int:
     return sum(told.forward_M) + sum(map(sum, told.choices_pE))
 
 
-def _forwarded(
-    own_P: Sequence[Told], copies: Copies, relays: Relays
-) -> dict[tuple[int, int], torch.Tensor]:
+def _forwarded(share: Share, relays: Relays) -> dict[tuple[int, int], torch.Tensor]:
     """Tokens of this rank that are copied from a node to a node; only pairs that have some."""
     counts = {
         (source, target): count
         for target, ranks in enumerate(relays.nodes)
-        for source, count in enumerate(own_P[ranks[0]].arrive_M)
+        for source, count in enumerate(share.own_P[ranks[0]].arrive_M)
         if count
     }
-    blocks = copies.entry_m.split(list(counts.values()))
+    blocks = share.copies.entry_m.split(list(counts.values()))
     return dict(zip(counts, blocks, strict=False))
 
 
 # ---- hops -------------------------------------------------------------------------------------
 
 
-def plan_hops(
-    own_P: Sequence[Told],
-    told_P: Sequence[Told],
-    copies: Copies,
-    position_n: torch.Tensor,
-    heard_P: Sequence[torch.Tensor],
-    relays: Relays,
-) -> Hops:
-    """Every hop of one dispatch.
+def first_hop(share: Share, relays: Relays) -> Hop:
+    """The hop of the highest switches: this rank's own tokens set out, as it routed them."""
+    level = relays.num_levels
+    none = share.copies.entry_m[:0]
+    onward = _own_onward(share, relays, none)
+    blocks, sends = _blocks(level, onward, relays)
+    receive_splits = _arrivals(share, relays)[1][level - 1]
+    return Hop(level, torch.cat([none, *blocks]), _splits(relays, sends), receive_splits)
+
+
+def plan_hops(share: Share, heard_P: Sequence[torch.Tensor], relays: Relays) -> Hops:
+    """Every hop of one part.
 
     Parameters
     ----------
-    own_P, told_P
-        The counts that this rank told each rank, and those that each told it.
-    copies, position_n
-        Of this rank's own tokens.
+    share
+        The part.
     heard_P
         Places that each rank told this one, from :func:`positions_to_tell`.
     relays
         Who relays.
     """
-    near = sorted(relays.nodes[relays.node])
-    none = position_n[:0]
-    onward, choices = _own_copies(own_P, copies, position_n, relays)
-    start_of, receive_LP = _arrivals(told_P, copies.num_tokens, relays)
+    me, near, none = relays.rank, sorted(relays.nodes[relays.node]), share.position_n[:0]
+    onward = _own_onward(share, relays, none)
+    choices_P = share.position_n.split([*map(sum, counts_for_ranks(share.own_P, relays))])
+    choices = {(me, p): choices_P[p] for p in near}
+    start_of, receive_LP = _arrivals(share, relays)
     for source in relays.served:
         if relays.node_of[source] != relays.node:
-            slot_m = _ranges(start_of[source], told_P[source].arrive_M, none)
-            _relayed(
-                source, slot_m[heard_P[source].long()], told_P[source], onward, choices, relays
-            )
+            told = share.told_P[source]
+            slot_m = _ranges(start_of[source], told.arrive_M, none)
+            _relayed(source, slot_m[heard_P[source].long()], told, onward, choices, relays)
+    rows_pp = _rows_inside(share.told_P, relays)
     blocks = [torch.cat([none, *(choices[s, p] for s in relays.served)]) for p in near]
     copy_m = torch.cat(blocks)
     inside = Hop(
         0,
         copy_m,
         _splits(relays, {p: len(block) for p, block in zip(near, blocks, strict=True)}),
-        _splits(relays, {p: _rows_through(p, told_P, relays) for p in near}),
-        plan_stage(copy_m, torch.zeros_like(copy_m), 1),
+        _splits(relays, {p: rows_pp[p, me] for p in near}),
     )
-    sums_m = copy_m[inside.stage.first_m]  # copies that have a sum so far, ascending
+    stages = [plan_stage(copy_m, torch.zeros_like(copy_m), 1)]
+    sums_m = copy_m[stages[0].first_m]  # copies that have a sum so far, ascending
     between: list[Hop] = []
     for level in range(1, 1 + relays.num_levels):
         receive_splits = receive_LP[level - 1]
         left_m = sums_m[: len(sums_m) - sum(receive_splits)]  # the others go back by this hop
-        hop = _hop(level, receive_splits, left_m, onward, relays)
-        sums_m = torch.cat([left_m, hop.copy_m])[hop.stage.first_m]
+        hop, stage = _hop(level, receive_splits, left_m, onward, relays)
+        sums_m = torch.cat([left_m, hop.copy_m])[stage.first_m]
         between.insert(0, hop)
-    return Hops(tuple(between), inside, sums_m)
+        stages.insert(0, stage)
+    ways = [(sum(rows_pp[i, j] for j in near), sum(rows_pp[j, i] for j in near)) for i in near]
+    most_rows = max(map(max, ways))
+    return Hops(tuple(between), inside, tuple(stages), sums_m, most_rows)
 
 
 def _hop(
@@ -167,32 +163,44 @@ def _hop(
     left_m: torch.Tensor,
     onward: dict[tuple[int, int], torch.Tensor],
     relays: Relays,
-) -> Hop:
+) -> tuple[Hop, Stage]:
     """The hop between nodes of one level; its sums are ordered by the groups below that level."""
     group_M = relays.group_LM[level - 1]
-    blocks, lower, sends = [left_m], [torch.full_like(left_m, group_M[relays.node])], {}
+    blocks, sends = _blocks(level, onward, relays)
+    copy_m = torch.cat([left_m[:0], *blocks])
+    ranks = repeated(_splits(relays, sends), left_m.device)
+    group_P = torch.tensor([group_M[node] for node in relays.node_of], device=left_m.device)
+    lower_m = torch.cat([torch.full_like(left_m, group_M[relays.node]), group_P[ranks]])
+    stage = plan_stage(torch.cat([left_m, copy_m]), lower_m, 1 + max(group_M))
+    return Hop(level, copy_m, _splits(relays, sends), receive_splits), stage
+
+
+def _blocks(
+    level: int, onward: dict[tuple[int, int], torch.Tensor], relays: Relays
+) -> tuple[list[torch.Tensor], dict[int, int]]:
+    """Copies to send by the hop of a level, by target rank, and how many go to each."""
+    blocks, sends = [], {}
     for rank, node in enumerate(relays.node_of):
         if relays.level(relays.node, node) == level:
-            block = [onward[s, node] for s in relays.served if relays.relay_PM[s][node] == rank]
+            block = [
+                onward[s, node]
+                for s in relays.served
+                if relays.relay_PM[s][node] == rank and (s, node) in onward
+            ]
             sends[rank] = sum(map(len, block))
             blocks += block
-            lower += [torch.full_like(copy_m, group_M[node]) for copy_m in block]
-    sum_m = torch.cat(blocks)
-    stage = plan_stage(sum_m, torch.cat(lower), 1 + max(group_M))
-    return Hop(level, sum_m[len(left_m) :], _splits(relays, sends), receive_splits, stage)
+    return blocks, sends
 
 
-def _own_copies(
-    own_P: Sequence[Told], copies: Copies, position_n: torch.Tensor, relays: Relays
-) -> tuple[dict[tuple[int, int], torch.Tensor], dict[tuple[int, int], torch.Tensor]]:
-    """This rank's tokens to send to each node, and those for each rank of its own node."""
-    me, none = relays.rank, position_n[:0]
-    blocks = _forwarded(own_P, copies, relays)
-    onward = {
-        (me, node): blocks.get((relays.node, node), none) for node in range(len(relays.nodes))
+def _own_onward(
+    share: Share, relays: Relays, none: torch.Tensor
+) -> dict[tuple[int, int], torch.Tensor]:
+    """This rank's own tokens to send to each node."""
+    blocks = _forwarded(share, relays)
+    return {
+        (relays.rank, node): blocks.get((relays.node, node), none)
+        for node in range(len(relays.nodes))
     }
-    choices_P = position_n.split([*map(sum, counts_for_ranks(own_P, relays))])
-    return onward, {(me, p): choices_P[p] for p in relays.nodes[relays.node]}
 
 
 def _relayed(
@@ -210,13 +218,11 @@ def _relayed(
     choices |= dict(zip([(source, p) for p in near], pieces[len(relays.nodes) :], strict=True))
 
 
-def _arrivals(
-    told_P: Sequence[Told], num_own: int, relays: Relays
-) -> tuple[dict[int, list[int]], list[tuple[int, ...]]]:
+def _arrivals(share: Share, relays: Relays) -> tuple[dict[int, list[int]], list[tuple[int, ...]]]:
     """First copy of what comes for a source from each node; rows from each rank by level."""
     start_of = {source: [0] * len(relays.nodes) for source in relays.served}
     receive_LP: list[tuple[int, ...]] = []
-    place = num_own
+    place, told_P = share.copies.num_tokens, share.told_P
     for level in range(relays.num_levels, 0, -1):
         rows = {}
         for rank, node in enumerate(relays.node_of):
@@ -232,14 +238,14 @@ def _arrivals(
     return start_of, receive_LP
 
 
-def _rows_through(relay: int, told_P: Sequence[Told], relays: Relays) -> int:
-    """Rows for this rank's experts that a rank of its node passes on."""
-    own = relays.nodes[relays.node].index(relays.rank)
-    return sum(
-        sum(told_P[source].choices_pE[own])
-        for source in range(len(relays.node_of))
-        if relays.relay_PM[source][relays.node] == relay
-    )
+def _rows_inside(told_P: Sequence[Told], relays: Relays) -> dict[tuple[int, int], int]:
+    """Rows that each rank of this node passes on to each; all its ranks agree."""
+    near = relays.nodes[relays.node]
+    rows_pp = dict.fromkeys(itertools.product(near, near), 0)
+    for relay_M, told in zip(relays.relay_PM, told_P, strict=True):
+        for rank, counts_E in zip(near, told.choices_pE, strict=True):
+            rows_pp[relay_M[relays.node], rank] += sum(counts_E)
+    return rows_pp
 
 
 def source_order(relays: Relays) -> list[int]:

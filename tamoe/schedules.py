@@ -7,10 +7,11 @@ uplink is shared by flows to many nodes: on gloo that keeps slow uplinks fuller.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -18,12 +19,15 @@ import torch.distributed as dist
 
 from tamoe.groups import works_by_gloo
 from tamoe.node_memory import NodeMemory, node_memory
-from tamoe.record import Phase, timed
+from tamoe.record import Phase, note_bytes, recording, timed
 from tamoe.waiting import Patience
 
 Schedule = Literal["single", "rounds"]
 Nodes = tuple[tuple[int, ...], ...]
 Waiting = Callable[[], None]
+# Rows inside a node go through shared memory so many at a time: few enough to stay in a cache and
+# to take little memory, enough to hide the message that goes with them.
+SLICE_BYTES = 2**21
 
 
 @dataclass(frozen=True)
@@ -83,21 +87,70 @@ class Mover:
         index_m: torch.Tensor,
         send_splits: Sequence[int],
         receive_splits: Sequence[int],
+        most_rows: int,
         phase: Phase,
-    ) -> list[torch.Tensor]:
-        """Send chosen rows inside the node; those from each of its ranks, by rank.
+        weight_n: torch.Tensor | None = None,
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Send chosen rows inside the node, times their weights.
 
-        Through shared memory where the node's ranks have it. Read them before the next call.
+        Through shared memory where the node's ranks have it, then some at a time.
+
+        Parameters
+        ----------
+        row_nD, index_m
+            Rows, and which of them to send, sorted by the rank that they go to.
+        send_splits, receive_splits
+            Rows for each rank and from each rank; 0 outside the node.
+        most_rows
+            The most that a rank of the node sends or gets.
+        phase
+            What an error calls it.
+        weight_n
+            Factor of each row.
+
+        Yields
+        ------
+        begin, rows
+            Rows that arrived, and the place of their first among all that arrive, by source. To be
+            read before the next ones are asked for.
         """
-        if row_nD.device.type == "cpu" and self._memory is not None:
-            room = self._memory.outbox(len(index_m), row_nD.shape[1], row_nD.dtype)
-            torch.index_select(row_nD, 0, index_m, out=room)
-            return self._memory.swap(room, send_splits, receive_splits, self.patience, phase)
-        chosen_mD = row_nD.index_select(0, index_m)
-        transfer = self.transfer(chosen_mD, send_splits, receive_splits, phase)
-        transfer.start(0)()
-        near = [receive_splits[rank] for rank in sorted(self._near)]
-        return list(transfer.received_RD.split(near))
+        near = sorted(self._near)
+        sends, receives = (
+            [splits[rank] for rank in near] for splits in (send_splits, receive_splits)
+        )
+        memory = self._memory if row_nD.device.type == "cpu" else None
+        row_bytes = row_nD.shape[1] * row_nD.element_size()
+        num_slices = 1 if memory is None else max(1, -(-most_rows * row_bytes // SLICE_BYTES))
+        index_P = index_m.split(sends)
+        for number in range(num_slices):
+            sent, received = (_slices(c, number, num_slices) for c in (sends, receives))
+            index = torch.cat([index_P[p][part] for p, part in enumerate(sent)])
+            send, receive = (
+                self._spread([p.stop - p.start for p in way]) for way in (sent, received)
+            )
+            if memory is None:
+                rows = row_nD.index_select(0, index)
+            else:
+                rows = memory.outbox(len(index), row_nD.shape[1], row_nD.dtype)
+                torch.index_select(row_nD, 0, index, out=rows)
+            if weight_n is not None:
+                torch.mul(rows, weight_n[index].unsqueeze(1), out=rows)
+            if memory is None:
+                transfer = self.transfer(rows, send, receive, phase)
+                transfer.start(0)()
+                yield 0, transfer.received_RD
+                return
+            arrived = memory.swap(rows, send, receive, self.patience, phase)
+            starts = accumulate(receives, initial=0)
+            for start, part, block in zip(starts, received, arrived, strict=False):
+                yield start + part.start, block
+
+    def _spread(self, rows_p: Sequence[int]) -> list[int]:
+        """Rows for ranks of this node as rows for all ranks."""
+        rows_P = [0] * sum(map(len, self.nodes))
+        for rank, rows in zip(sorted(self._near), rows_p, strict=True):
+            rows_P[rank] = rows
+        return rows_P
 
     @cached_property
     def _memory(self) -> NodeMemory | None:
@@ -106,15 +159,36 @@ class Mover:
             return None
         return node_memory(self.group, self.rank, sorted(self._near), self.patience)
 
+    @contextmanager
     def recorded(
-        self, phase: Phase, like: torch.Tensor, sends: Iterable[Sequence[int]]
-    ) -> AbstractContextManager[None]:
-        """Record a block that sends rows like ``like``, so many to each rank, as one phase."""
-        row_bytes = like.shape[1] * like.element_size()
-        rows = [sum(column) for column in zip(*sends, strict=True)]
-        away = sum(count for rank, count in enumerate(rows) if rank != self.rank)
-        far = sum(count for rank, count in enumerate(rows) if rank not in self._near)
-        return timed(phase, like.device, away * row_bytes, far * row_bytes)
+        self, phase: Phase, like: torch.Tensor, sends: Callable[[], Iterable[Sequence[int]]]
+    ) -> Iterator[None]:
+        """Record a block that sends rows like ``like`` as one phase.
+
+        How many go to each rank is asked for at the end.
+        """
+        with timed(phase, like.device):
+            yield
+        if recording():
+            rows = [sum(column) for column in zip(*sends(), strict=True)]
+            self._note(phase, rows, like.shape[1] * like.element_size())
+
+    def _note(self, phase: Phase, rows_P: Sequence[int], row_bytes: int) -> None:
+        away = sum(count for rank, count in enumerate(rows_P) if rank != self.rank)
+        far = sum(count for rank, count in enumerate(rows_P) if rank not in self._near)
+        note_bytes(phase, away * row_bytes, far * row_bytes)
+
+    def tell(
+        self, word_W1: torch.Tensor, send_splits: Sequence[int], receive_splits: Sequence[int]
+    ) -> tuple[Waiting, torch.Tensor]:
+        """Send words to every rank at once: how to wait for those from all, and where they come.
+
+        Recorded as bytes of counts.
+        """
+        assert self.group is not None
+        transfer = self.transfer(word_W1, send_splits, receive_splits, "counts")
+        self._note("counts", send_splits, word_W1.element_size())
+        return transfer.start_at_once(), transfer.received_RD
 
     def move(
         self,
@@ -126,7 +200,7 @@ class Mover:
         """Send rows to every rank; received rows are in order of rank."""
         if self.group is None:
             return row_nD
-        with self.recorded(phase, row_nD, [send_splits]):
+        with self.recorded(phase, row_nD, lambda: [send_splits]):
             transfer = self.transfer(row_nD, send_splits, receive_splits, phase)
             if self.schedule == "single":
                 transfer.start_at_once()()
@@ -139,6 +213,15 @@ class Mover:
                 transfer.start(number)()
             wait_inside()
             return transfer.received_RD
+
+
+def _slices(counts: Sequence[int], number: int, num_slices: int) -> list[slice]:
+    """Which of so many things each are dealt with in a turn.
+
+    >>> _slices([4, 1], 0, 2), _slices([4, 1], 1, 2)
+    ([slice(0, 2, None), slice(0, 0, None)], [slice(2, 4, None), slice(0, 1, None)])
+    """
+    return [slice(c * number // num_slices, c * (number + 1) // num_slices) for c in counts]
 
 
 def rounds_of(nodes: Nodes, rank: int) -> tuple[Round, ...]:

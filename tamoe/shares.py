@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -32,15 +33,35 @@ class Share:
     """A part: its tokens, and what this rank and the others told about theirs."""
 
     tokens: slice
-    copies: Copies
-    position_n: torch.Tensor  # place on the node of its expert of each choice, sorted by expert
+    key: torch.Tensor  # expert of each choice, N where it was dropped
+    top_k: int
+    node_N: torch.Tensor  # node of each expert; M at N
+    parent_TM: torch.Tensor  # forwarding trees
     own_P: Sequence[Told]
     told_P: Sequence[Told]
+    relays: Relays
+
+    @cached_property
+    def copies(self) -> Copies:
+        """Where the tokens are copied to."""
+        forward_MM = [self.own_P[ranks[0]].forward_M for ranks in self.relays.nodes]
+        return list_copies(self.parent_TM, forward_MM)
+
+    @cached_property
+    def position_n(self) -> torch.Tensor:
+        """Place on the node of its expert of each choice, sorted by expert."""
+        num_kept = sum(map(sum, counts_for_ranks(self.own_P, self.relays)))
+        choice_n = torch.argsort(self.key, stable=True)[:num_kept]
+        return self.copies.position_TM[choice_n // self.top_k, self.node_N[self.key[choice_n]]]
 
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """A rank's choices, cut into parts of about as many tokens."""
+    """A rank's choices, cut into parts, each smaller than the one before.
+
+    Nothing hides what is left to do inside a node when the last part has crossed the links, nor, on
+    the way back, what has to be done before its sums can set out.
+    """
 
     tokens: tuple[slice, ...]
     keys: tuple[torch.Tensor, ...]  # expert of each choice of a part, N where it was dropped
@@ -59,10 +80,11 @@ def cut_tokens(
     >>> from tamoe.solver.relays import make_relays
     >>> key = torch.tensor([0, 1, 1, 0, 2, 2])
     >>> cut_tokens(key, 2, 1, 2, make_relays(0, ((0, 1),), ())).tokens
-    (slice(0, 1, None), slice(1, 3, None))
+    (slice(0, 2, None), slice(2, 3, None))
     """
     num_tokens = len(key) // top_k
-    bounds = [num_tokens * part // num_parts for part in range(num_parts + 1)]
+    ends = [0, *itertools.accumulate(range(num_parts, 0, -1))]
+    bounds = [num_tokens * end // ends[-1] for end in ends]
     nodes = [node for node in relays.node_of for _ in range(num_local)]
     return Cut(
         tuple(slice(a, b) for a, b in itertools.pairwise(bounds)),
@@ -102,12 +124,8 @@ def make_shares(
             for row, node in zip(sent_PW, relays.node_of, strict=True)
         ]
         told_P = [_read(row[words], relays.node, relays, cut.num_local) for row in received_PW]
-        forward_MM = [own_P[ranks[0]].forward_M for ranks in relays.nodes]
-        copies = list_copies(parents[part], forward_MM)
-        num_kept = sum(map(sum, counts_for_ranks(own_P, relays)))
-        choice_n = torch.argsort(key, stable=True)[:num_kept]
-        position_n = copies.position_TM[choice_n // cut.top_k, cut.node_N[key[choice_n]]]
-        shares.append(Share(tokens, copies, position_n, own_P, told_P))
+        share = Share(tokens, key, cut.top_k, cut.node_N, parents[part], own_P, told_P, relays)
+        shares.append(share)
     return shares
 
 
