@@ -51,9 +51,9 @@ HEADER_WORDS = 2 + len(_FIELDS)
 INLINE_COUNTS = MESSAGE_WORDS - HEADER_WORDS
 
 
-def layout_code(kind: str, schedule: str, nodes: Nodes) -> int:
+def layout_code(kind: str, schedule: str, nodes: Nodes, rank_of_N: Sequence[int]) -> int:
     """A number that differs, but for chance, between exchanges that cannot work together."""
-    return zlib.crc32(repr((kind, schedule, nodes)).encode())
+    return zlib.crc32(repr((kind, schedule, nodes, rank_of_N)).encode())
 
 
 def exchange_counts(
