@@ -80,7 +80,8 @@ def choose_exchange(
         return Choice(
             "flat", "flat: there is one node, so no link between nodes to spare", 0.0, 0.0
         )
-    rank_of_N = [int(rank) for rank in workload.expert_position_N(num_ranks)]
+    ranks = workload.groups(num_ranks)[0]
+    rank_of_N = [ranks[position] for position in workload.expert_position_N(num_ranks)]
     counts_PN, forward_PMM = sample_routing(topology, workload, target_PN, rank_of_N, seed)
     model = cost_model(topology, workload, "intra")
     row_bytes = workload.token_bytes

@@ -51,9 +51,10 @@ HEADER_WORDS = 2 + len(_FIELDS)
 INLINE_COUNTS = MESSAGE_WORDS - HEADER_WORDS
 
 
-def layout_code(kind: str, schedule: str, nodes: Nodes) -> int:
+def layout_code(kind: str, schedule: str, nodes: Nodes, rank_of_N: Sequence[int]) -> int:
     """A number that differs, but for chance, between exchanges that cannot work together."""
-    return zlib.crc32(repr((kind, schedule, nodes)).encode()) >> 1  # fits 32 bits with a sign
+    text = repr((kind, schedule, nodes, rank_of_N))
+    return zlib.crc32(text.encode()) >> 1  # fits 32 bits with a sign
 
 
 def exchange_counts(

@@ -104,9 +104,11 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Read a checkpoint into model and optimizer, on the same or another number of ranks.
 
-    Call it on all ranks. On another number of ranks each takes the per-rank *parameters* of the
-    first saved rank whose experts it now has (a gate keeps its experts near), and per-rank
-    *buffers* stay as they are, since they follow a plan for other ranks; a warning says so.
+    Call it on all ranks. Experts may be placed on ranks otherwise than when they were saved: each
+    is read by its number. On another number of ranks each takes the per-rank *parameters* of the
+    first saved rank whose experts it now has, were they placed in rank order (a gate keeps its
+    experts near), and per-rank *buffers* stay as they are, since they follow a plan for other
+    ranks; a warning says so.
 
     Parameters
     ----------

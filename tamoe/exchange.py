@@ -6,7 +6,7 @@ size, n rows sent (choices that were not dropped), R rows received.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -14,8 +14,9 @@ import torch
 from tamoe.agreement import Header, RefusedValues, exchange_counts, layout_code
 from tamoe.flat import FlatRoute, plan_flat
 from tamoe.groups import group_rank, group_size, process_group, works_by_gloo
-from tamoe.handle import Handle, deal_locally, input_problem, sort_keys
+from tamoe.handle import Asked, Handle, deal_locally, input_problem, sort_keys
 from tamoe.hierarchical import RelayRoute, plan_relays
+from tamoe.placement import Placement, contiguous, experts_problem, resolve_placement
 from tamoe.record import note_counts, timed
 from tamoe.schedules import Mover, Schedule
 from tamoe.shares import count_keys, counts_of_parts, cut_tokens, describe_parts, make_shares
@@ -36,38 +37,20 @@ MOST_PARTS = 6
 _Planned = tuple[FlatRoute | RelayRoute, list[int], list[list[int]]]
 
 
-@dataclass(frozen=True, eq=False)
-class _Asked:
-    """What a dispatch was asked for, beside the tokens themselves."""
-
-    header: Header
-    key: torch.Tensor  # expert of each flat choice, N where dropped
-    refused: torch.Tensor  # nonzero where an index is not allowed
-    weight_TK: torch.Tensor | None
-    num_parts: int
-
-    def sorted_choices(
-        self, key: torch.Tensor, num_kept: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Token and weight of each kept choice, sorted by key, then by token."""
-        choice_n = torch.argsort(key, stable=True)[:num_kept]
-        weight_TK = self.weight_TK
-        weight_n = None if weight_TK is None else weight_TK.flatten().index_select(0, choice_n)
-        return choice_n // self.header.top_k, weight_n
-
-
 class Exchange:
     """Dispatch and combine over an expert-parallel group, with gradients.
 
-    Expert e of N lives on rank e // (N / P). Both directions are deterministic, and the sum over a
-    token's choices has one order for every exchange (:mod:`tamoe.summation`), so results do not
-    depend on kind or schedule. A row is multiplied by its weight and rounded to the rows' dtype
-    before it is added.
+    Expert e of N lives on rank e // (N / P), or where ``placement`` says. Both directions are
+    deterministic, and the sum over a token's choices has one order for every exchange
+    (:mod:`tamoe.summation`): inside a node by rank, then by expert number, then over nodes and
+    switches. So results do not depend on kind or schedule; where the experts are decides how they
+    round. A row is multiplied by its weight and rounded to the rows' dtype before it is added.
 
     A dispatch needs one host round trip for counts, two where a rank has to be told more than 247
-    counts (flat: the experts of a rank; hierarchical: those of a node and twice the nodes, for each
-    part); combine and the backward passes need none. All ranks must call dispatch and combine, and
-    run backward, equally often and in the same order, also ranks without tokens.
+    counts (flat: E, the most experts that a rank has; hierarchical: E for each rank of a node and
+    twice the nodes, for each part); combine and the backward passes need none. All ranks must call
+    dispatch and combine, and run backward, equally often and in the same order, also ranks without
+    tokens.
 
     Parameters
     ----------
@@ -84,6 +67,7 @@ class Exchange:
         says of a Plan (``reason`` says why), flat for anything else. ``"none"`` moves
         nothing: every rank works on its own rows, dealt in turn to its experts, as many as it
         would get on average. For measuring what the exchange costs; its results are not a model.
+        Every rank then needs an expert.
     schedule
         ``"single"``: one all-to-all. ``"rounds"``: disjoint node pairs, one after another; needs a
         topology. ``"auto"``: rounds on gloo where there are several nodes, else single. The
@@ -92,14 +76,18 @@ class Exchange:
         Parts, >= 1, that the tokens of a hierarchical exchange travel in: while one crosses the
         links between nodes, the one before is worked on inside them. ``"auto"``: as many as suit
         the tokens of the dispatch before, 1 for the first. Results do not depend on it.
+    placement
+        Rank of each expert, 0 to P - 1, the same on all ranks: any order, and ranks may hold
+        different numbers of experts or none. None: what the Plan was solved for
+        (``Workload(placement=...)``), else equally many on each rank, in rank order.
     timeout_s
         Seconds, > 0, that each wait for others takes at most; None: the group's timeout.
 
     Raises
     ------
     InputError
-        Unknown kind or schedule, a number out of range, or a topology with another number of ranks
-        than the group.
+        Unknown kind or schedule, a number out of range, a topology with another number of ranks
+        than the group, or a placement that is not the Plan's.
     ExchangeError
         In dispatch, combine and backward: a rank died or did not answer in time. The message names
         the exchange, the hop and the peers.
@@ -114,6 +102,8 @@ class Exchange:
     (1, 2)
     >>> exchange.combine(row_RD, handle).tolist()
     [[1.0, 2.0], [3.0, 4.0]]
+    >>> Exchange(placement=[0, 0, 0]).placement_of(3).experts_PE
+    ((0, 1, 2),)
     """
 
     def __init__(
@@ -124,6 +114,7 @@ class Exchange:
         kind: Kind = "auto",
         schedule: Schedule | Literal["auto"] = "auto",
         chunks: int | Literal["auto"] = "auto",
+        placement: Sequence[int] | None = None,
         timeout_s: float | None = None,
     ) -> None:
         if kind not in KINDS:
@@ -145,6 +136,13 @@ class Exchange:
         if kind == "hierarchical" and topology is None:
             raise InputError(
                 "kind is 'hierarchical' without topology_or_plan, which gives the nodes"
+            )
+        self.placement = resolve_placement(placement, given, self.num_ranks)
+        if kind == "none" and self.placement is not None and () in self.placement.experts_PE:
+            raise InputError(
+                f"kind is 'none' and the placement leaves rank "
+                f"{self.placement.experts_PE.index(())} without an expert to work on its rows; "
+                f"allowed: an expert on every rank"
             )
         self.nodes = (tuple(range(self.num_ranks)),) if topology is None else topology.nodes
         self.kind: Literal["flat", "hierarchical", "none"]
@@ -172,6 +170,19 @@ class Exchange:
     def __deepcopy__(self, memo: dict[int, Any]) -> Exchange:
         return self  # process groups cannot be copied
 
+    def placement_of(self, num_experts: int) -> Placement:
+        """Where that many experts are: the given placement, else equally many on each rank.
+
+        Raises
+        ------
+        InputError
+            The placement has another number of experts, or the ranks cannot hold equally many.
+        """
+        problem = experts_problem(num_experts, self.num_ranks, self.placement)
+        if problem is not None:
+            raise InputError(problem)
+        return self.placement or contiguous(num_experts, self.num_ranks)
+
     # ---- dispatch and combine -----------------------------------------------------------------
 
     def dispatch(
@@ -194,22 +205,28 @@ class Exchange:
             ``[T, K]``, factor of each expert's output in combine; None for 1. A NaN makes its own
             token's output NaN and no other's; weights of dropped choices are not looked at.
         num_experts
-            Experts N of the whole group, a multiple of its ranks.
+            Experts N of the whole group: a multiple of its ranks, or as many as the placement has.
 
         Returns
         -------
         row_RD, handle
             Rows for this rank's experts, sorted by expert, then by source rank, then by token;
-            ``handle.counts_E`` rows for each. The handle belongs to :meth:`combine`.
+            ``handle.counts_E`` rows for each, ``()`` on a rank without experts. The handle belongs
+            to :meth:`combine`.
 
         Raises
         ------
         InputError
             On every rank, before rows move: a shape, dtype or index that is not allowed on one of
-            them, or dtype, hidden size, K, N, need for gradients or schedule that differ.
+            them, or dtype, hidden size, K, N, need for gradients, schedule or placement that
+            differ.
         """
         num_parts = self._num_parts(x_TD)
-        problem = input_problem(x_TD, expert_index_TK, weight_TK, num_experts, self.num_ranks)
+        problem = input_problem(
+            x_TD, expert_index_TK, weight_TK, num_experts, self.num_ranks, self.placement
+        )
+        # A rank that refuses its input never gets to compare layouts.
+        rank_of_N = () if problem else self.placement_of(num_experts).rank_of_N
         header = Header(
             dtype=x_TD.dtype,
             hidden_size=x_TD.shape[-1] if x_TD.ndim else 0,
@@ -217,23 +234,27 @@ class Exchange:
             num_experts=num_experts,
             requires_grad=torch.is_grad_enabled() and x_TD.requires_grad,
             weighted=self._weighted(weight_TK),
-            layout=layout_code(f"{self.kind}/{num_parts}", self.schedule, self.nodes),
+            layout=layout_code(f"{self.kind}/{num_parts}", self.schedule, self.nodes, rank_of_N),
             num_tokens=len(x_TD) if x_TD.ndim else 0,
             problem=problem,
         )
         if problem is not None:
             self._refuse(header, x_TD.device)
-        key, refused = sort_keys(expert_index_TK, num_experts)
+        placement = self.placement_of(num_experts)
+        key, refused = sort_keys(expert_index_TK, placement)
         plan = {"flat": self._flat, "hierarchical": self._relayed, "none": self._kept}[self.kind]
+        asked = Asked(header, placement, key, refused, weight_TK, num_parts)
         try:
-            route, sent_N, received_PE = plan(_Asked(header, key, refused, weight_TK, num_parts))
+            route, sent_slots, received_PE = plan(asked)
         except RefusedValues:
             raise InputError(
                 f"expert_index_TK holds {int(expert_index_TK.min())} to "
                 f"{int(expert_index_TK.max())}; allowed: 0 to {num_experts - 1}, or -1 for a "
                 f"dropped choice"
             ) from None
+        sent_N = [sent_slots[slot] for slot in placement.slot_N]
         note_counts(sent_N)
+        num_local = len(placement.experts_PE[self.rank])
         row_RD, weight = route.dispatch(x_TD)
         handle = Handle(
             num_tokens=len(x_TD),
@@ -242,7 +263,7 @@ class Exchange:
             hidden_size=header.hidden_size,
             dtype=x_TD.dtype,
             sent_counts_N=tuple(sent_N),
-            received_counts_PE=tuple(map(tuple, received_PE)),
+            received_counts_PE=tuple(tuple(counts[:num_local]) for counts in received_PE),
             route=route,
             weight=weight,
         )
@@ -293,18 +314,18 @@ class Exchange:
             )
         raise InputError(header.problem)
 
-    def _flat(self, asked: _Asked) -> _Planned:
-        num_tokens, num_experts = asked.header.num_tokens, asked.header.num_experts
-        count_N = count_keys(asked.key, num_experts)
-        sent_PE, received_PE = self._counts(asked, count_N.view(self.num_ranks, -1))
-        sent_N = [count for counts_E in sent_PE for count in counts_E]
-        choices = asked.sorted_choices(asked.key, sum(sent_N))
+    def _flat(self, asked: Asked) -> _Planned:
+        num_tokens = asked.header.num_tokens
+        counts = count_keys(asked.key, asked.placement.num_slots)
+        sent_PE, received_PE = self._counts(asked, counts.view(self.num_ranks, -1))
+        sent = [count for counts_E in sent_PE for count in counts_E]
+        choices = asked.sorted_choices(asked.key, sum(sent))
         route = plan_flat(self._mover, num_tokens, *choices, sent_PE, received_PE, self._groups)
-        return route, sent_N, received_PE
+        return route, sent, received_PE
 
-    def _relayed(self, asked: _Asked) -> _Planned:
+    def _relayed(self, asked: Asked) -> _Planned:
         relays, header = self._relays, asked.header
-        num_local = header.num_experts // self.num_ranks
+        num_local = asked.placement.slots_per_rank
         cut = cut_tokens(asked.key, header.top_k, num_local, asked.num_parts, relays)
         word_PW, parents = describe_parts(cut, relays)
         sent_PW, received_PW = self._counts(asked, word_PW)
@@ -322,20 +343,20 @@ class Exchange:
         row_bytes = x_TD.shape[-1] * x_TD.dtype.itemsize if x_TD.ndim else 0
         return min(max(self._most_tokens * row_bytes // PART_BYTES, 1), MOST_PARTS)
 
-    def _kept(self, asked: _Asked) -> _Planned:
+    def _kept(self, asked: Asked) -> _Planned:
         """Every rank works on its own rows, dealt in turn to its experts."""
-        num_tokens, num_experts = asked.header.num_tokens, asked.header.num_experts
-        num_local = num_experts // self.num_ranks
-        sent_N = self._counts(asked, count_keys(asked.key, num_experts).view(1, -1))[0][0]
-        share, extra = divmod(sum(sent_N), num_local)
+        num_tokens, num_slots = asked.header.num_tokens, asked.placement.num_slots
+        num_local = len(asked.placement.experts_PE[self.rank])
+        sent = self._counts(asked, count_keys(asked.key, num_slots).view(1, -1))[0][0]
+        share, extra = divmod(sum(sent), num_local)
         dealt_PE = [[share + (expert < extra) for expert in range(num_local)]]
-        dealt_key = deal_locally(asked.key, num_experts, num_local)
-        choices = asked.sorted_choices(dealt_key, sum(sent_N))
+        dealt_key = deal_locally(asked.key, num_slots, num_local)
+        choices = asked.sorted_choices(dealt_key, sum(sent))
         route = plan_flat(self._mover, num_tokens, *choices, dealt_PE, dealt_PE, ())
-        return route, sent_N, dealt_PE
+        return route, sent, dealt_PE
 
     def _counts(
-        self, asked: _Asked, word_PW: torch.Tensor
+        self, asked: Asked, word_PW: torch.Tensor
     ) -> tuple[list[list[int]], list[list[int]]]:
         """Words told to each rank and by each rank."""
         if self._mover.group is not None:

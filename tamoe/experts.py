@@ -56,6 +56,27 @@ class FeedForward(nn.Module):
         return out_RD
 
 
+class NoExperts(nn.Module):
+    """What a rank without experts runs, so that it takes part in the backward pass of an exchange.
+
+    Its parameter has no elements; like the experts' it makes the rows need a gradient, and freezing
+    it stops that. Freeze it where the experts of other ranks are frozen.
+
+    Examples
+    --------
+    >>> NoExperts()(torch.zeros(0, 4), torch.tensor([])).requires_grad
+    True
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anchor_E1 = nn.Parameter(torch.empty(0, 1))
+
+    def forward(self, row_RD: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+        """The rows, of which there are none."""
+        return row_RD + self.anchor_E1.to(row_RD.dtype)
+
+
 class GroupedFeedForward(nn.Module):
     """The same network for all experts of a rank, their weights in one tensor a layer.
 
@@ -65,7 +86,7 @@ class GroupedFeedForward(nn.Module):
     Parameters
     ----------
     num_local_experts
-        E, experts of this rank, >= 1.
+        E, experts of this rank, >= 0.
     hidden_size, intermediate_size, activation
         As for :class:`FeedForward`.
 
@@ -84,11 +105,8 @@ class GroupedFeedForward(nn.Module):
         activation: Activation | None = None,
     ) -> None:
         super().__init__()
-        _check_sizes(
-            num_local_experts=num_local_experts,
-            hidden_size=hidden_size,
-            intermediate_size=intermediate_size,
-        )
+        whole("num_local_experts", num_local_experts, 0)
+        _check_sizes(hidden_size=hidden_size, intermediate_size=intermediate_size)
         sizes = num_local_experts, hidden_size, intermediate_size
         self.up_EDF = nn.Parameter(torch.empty(*sizes))
         self.up_bias_EF = nn.Parameter(torch.empty(num_local_experts, intermediate_size))
@@ -116,7 +134,7 @@ class GroupedFeedForward(nn.Module):
                 self.down_bias_ED[expert], self.activation(up), self.down_EFD[expert]
             )
             out.append(down)
-        return torch.cat(out)
+        return torch.cat(out) if out else row_RD
 
 
 def _check_sizes(**sizes: int) -> None:

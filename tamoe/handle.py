@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from tamoe.agreement import DTYPES
+from tamoe.agreement import DTYPES, Header
 from tamoe.flat import FlatRoute
 from tamoe.hierarchical import RelayRoute
+from tamoe.placement import Placement, experts_problem
 
 INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8)
 
@@ -37,12 +38,34 @@ class Handle:
         return tuple(sum(column) for column in zip(*self.received_counts_PE, strict=True))
 
 
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What a dispatch was asked for, beside the tokens themselves."""
+
+    header: Header
+    placement: Placement
+    key: torch.Tensor  # slot of each flat choice, one past all slots where dropped
+    refused: torch.Tensor  # nonzero where an index is not allowed
+    weight_TK: torch.Tensor | None
+    num_parts: int
+
+    def sorted_choices(
+        self, key: torch.Tensor, num_kept: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Token and weight of each kept choice, sorted by key, then by token."""
+        choice_n = torch.argsort(key, stable=True)[:num_kept]
+        weight_TK = self.weight_TK
+        weight_n = None if weight_TK is None else weight_TK.flatten().index_select(0, choice_n)
+        return choice_n // self.header.top_k, weight_n
+
+
 def input_problem(
     x_TD: torch.Tensor,
     index_TK: torch.Tensor,
     weight_TK: torch.Tensor | None,
     num_experts: int,
     num_ranks: int,
+    placement: Placement | None = None,
 ) -> str | None:
     """What is not allowed about the arguments of a dispatch, values on the device aside."""
     if x_TD.ndim != 2 or x_TD.dtype not in DTYPES:
@@ -68,31 +91,32 @@ def input_problem(
             )
         if not weight_TK.is_floating_point():
             return f"weight_TK is {weight_TK.dtype}; allowed: a floating-point dtype"
-    if num_experts < 1 or num_experts % num_ranks:
-        return (
-            f"num_experts is {num_experts}; allowed: a positive multiple of the group's "
-            f"{num_ranks} ranks"
-        )
-    return None
+    return experts_problem(num_experts, num_ranks, placement)
 
 
-def sort_keys(index_TK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Expert of each flat choice, N where dropped; and a scalar: whether an index is not allowed.
+def sort_keys(index_TK: torch.Tensor, placement: Placement) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slot of each flat choice, one past all where dropped; whether an index is not allowed.
 
-    >>> sort_keys(torch.tensor([[1, -1], [0, 2]]), 2)
+    >>> sort_keys(torch.tensor([[1, -1], [0, 2]]), Placement((0, 1), 2))
     (tensor([1, 2, 0, 2]), tensor(True))
+    >>> sort_keys(torch.tensor([[1, -1], [0, 2]]), Placement((1, 0, 0), 2))
+    (tensor([0, 4, 2, 1]), tensor(False))
     """
+    num_experts = len(placement.rank_of_N)
     index_TK = index_TK.to(torch.int64)
     kept_TK = (index_TK >= 0) & (index_TK < num_experts)
     key = torch.where(kept_TK, index_TK, num_experts).flatten()
+    if not placement.is_contiguous:
+        table = [*placement.slot_N, placement.num_slots]
+        key = torch.tensor(table, device=key.device)[key]
     return key, ((index_TK < -1) | (index_TK >= num_experts)).any()
 
 
-def deal_locally(key: torch.Tensor, num_experts: int, num_local: int) -> torch.Tensor:
+def deal_locally(key: torch.Tensor, num_slots: int, num_local: int) -> torch.Tensor:
     """Keys that deal the kept choices to the local experts in turn; dropped ones stay dropped.
 
     >>> deal_locally(torch.tensor([3, 4, 0, 1]), 4, 2)
     tensor([0, 2, 1, 0])
     """
-    kept = key < num_experts
+    kept = key < num_slots
     return torch.where(kept, (kept.cumsum(0) - 1) % num_local, num_local)

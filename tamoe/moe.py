@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from tamoe.exchange import Exchange
+from tamoe.experts import NoExperts
 from tamoe.groups import process_group
 from tamoe.routing import Routing
 from tamoe.scope import mark_scope
@@ -46,8 +47,9 @@ class MoEOutput(NamedTuple):
 class MoE(nn.Module):
     """Mixture-of-Experts layer over an expert-parallel group.
 
-    Expert e of N lives on rank e // E, with E = N / P. Expert parameters are marked with scope
-    ``"expert"``; the gate's are left as the gate marked them.
+    Expert e of N lives on rank e // E, with E = N / P, or where the exchange's placement says; a
+    rank may then be without experts (:class:`~tamoe.experts.NoExperts`). Expert parameters are
+    marked with scope ``"expert"``; the gate's are left as the gate marked them.
 
     Parameters
     ----------
@@ -57,9 +59,9 @@ class MoE(nn.Module):
         Function that makes one expert (``[R, D]`` to ``[R, D]``, R may be 0), called once for each
         expert of this rank; or one module for all of them, called with ``(row_RD, counts_E)``,
         rows sorted by expert and ``counts_E`` an int64 tensor on the CPU; or an ``nn.ModuleList``
-        of this rank's experts.
+        of this rank's experts, by number.
     num_experts
-        N, of the whole group; a multiple of its ranks.
+        N, of the whole group: a multiple of its ranks, or as many as the exchange's placement has.
     group
         ProcessGroup, 1-D DeviceMesh, or None for the default group, or for that of ``exchange``.
     exchange
@@ -70,13 +72,14 @@ class MoE(nn.Module):
     Raises
     ------
     InputError
-        The experts cannot be shared out equally, or group and exchange do not belong together.
+        The experts cannot be shared out so, or group and exchange do not belong together.
 
     Notes
     -----
-    Expert e starts from the same weights on any number of ranks: each is made under a seed drawn
-    from (torch's default generator, e), and the generator moves on by one draw whatever E is. So
-    seed all ranks alike. A grouped module gets the same if it has ``reset_expert(local_index)``.
+    Expert e starts from the same weights on any number of ranks, wherever it is: each is made under
+    a seed drawn from (torch's default generator, e), and the generator moves on by one draw
+    whatever E is. So seed all ranks alike. A grouped module gets the same if it has
+    ``reset_expert(local_index)``.
 
     Under autocast tokens travel in the autocast dtype.
 
@@ -103,28 +106,17 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         self.exchange = _exchange(exchange, group)
-        num_ranks = self.exchange.num_ranks
-        if num_experts < 1 or num_experts % num_ranks:
-            raise InputError(
-                f"num_experts is {num_experts}; allowed: a positive multiple of the group's "
-                f"{num_ranks} ranks"
-            )
+        placement = self.exchange.placement_of(num_experts)
         of_gate = getattr(gate, "num_experts", num_experts)
         if of_gate != num_experts:
             raise InputError(
                 f"num_experts is {num_experts} and the gate has {of_gate}; allowed: the same number"
             )
         self.num_experts = num_experts
-        self.num_experts_per_rank = num_experts // num_ranks
-        self.first_expert = self.exchange.rank * self.num_experts_per_rank
+        self.expert_numbers = placement.experts_PE[self.exchange.rank]  # global ones, ascending
         self.gate = gate
         self.experts = mark_scope(self._make_experts(experts), "expert")
         self.to(device=device, dtype=dtype)
-
-    @property
-    def expert_numbers(self) -> range:
-        """Global numbers of this rank's experts."""
-        return range(self.first_expert, self.first_expert + self.num_experts_per_rank)
 
     @property
     def is_grouped(self) -> bool:
@@ -137,9 +129,9 @@ class MoE(nn.Module):
                 f"experts is {experts!r}; allowed: a factory of one expert, a grouped module "
                 f"(x_RD, counts_E) or an nn.ModuleList"
             )
-        if isinstance(experts, nn.ModuleList) and len(experts) != self.num_experts_per_rank:
+        if isinstance(experts, nn.ModuleList) and len(experts) != len(self.expert_numbers):
             raise InputError(
-                f"experts has {len(experts)} modules; allowed: {self.num_experts_per_rank}, one "
+                f"experts has {len(experts)} modules; allowed: {len(self.expert_numbers)}, one "
                 f"for each expert of this rank"
             )
         seed = int(torch.randint(2**40, ()))
@@ -151,6 +143,8 @@ class MoE(nn.Module):
                     made.append(experts())
                 elif callable(reset := getattr(experts, "reset_expert", None)):
                     reset(index)
+        if not self.expert_numbers:
+            return NoExperts()
         return experts if isinstance(experts, nn.Module) else nn.ModuleList(made)
 
     def forward(self, x: torch.Tensor) -> MoEOutput:
@@ -195,7 +189,7 @@ class MoE(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
-        return f"num_experts={self.num_experts}, num_experts_per_rank={self.num_experts_per_rank}"
+        return f"num_experts={self.num_experts}, num_local_experts={len(self.expert_numbers)}"
 
 
 def _exchange(exchange: Exchange | Literal["auto", "flat", "none"], group: Group) -> Exchange:

@@ -75,7 +75,7 @@ def prepare_optimizer(
     for parameter in (p for values in optimizer.param_groups for p in values["params"]):
         named = by_parameter[id(parameter)]
         fresh[parameter] = {}
-        for name in fields_of.get(named.keys[0], ()):
+        for name in fields_of.get(named.keys[0], ()) if named.keys else ():  # none: no experts
             meta = sizes[f"optimizer.{named.keys[0]}.{name}"]
             if name in saved["whole_fields"]:
                 tensor = torch.empty(meta.size, dtype=meta.properties.dtype)

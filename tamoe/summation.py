@@ -1,10 +1,10 @@
 """The one order in which every exchange adds up a token's expert outputs.
 
 Floating-point sums depend on their order, so the order is part of the contract: first inside each
-node in expert order, then over nodes, then over each upper level of switches. Every partial sum is
-made in the accumulation dtype, starts with its first term and is rounded to the wire dtype, as it
-would be if it crossed the link. An exchange that sends every row and one that sends partial sums
-then agree bit for bit.
+node by rank and expert number, then over nodes, then over each upper level of switches. Every
+partial sum is made in the accumulation dtype, starts with its first term and is rounded to the wire
+dtype, as it would be if it crossed the link. An exchange that sends every row and one that sends
+partial sums then agree bit for bit.
 
 Shape suffixes: n rows sent, m partial sums, T tokens, D hidden size, P ranks.
 """

@@ -96,11 +96,11 @@ def _expert_keys(name: str, layer: str, moe: MoE, tensor: torch.Tensor) -> tuple
     rest = name.removeprefix(prefix)
     if not moe.is_grouped:
         local, _, rest = rest.partition(".")
-        return (f"{prefix}{moe.first_expert + int(local)}.{rest}",)
-    if tensor.ndim == 0 or len(tensor) != moe.num_experts_per_rank:
+        return (f"{prefix}{moe.expert_numbers[int(local)]}.{rest}",)
+    if tensor.ndim == 0 or len(tensor) != len(moe.expert_numbers):
         raise InputError(
             f"model: {name} has shape {tuple(tensor.shape)}; allowed: the "
-            f"{moe.num_experts_per_rank} experts of the rank as first dimension, so that a "
+            f"{len(moe.expert_numbers)} experts of the rank as first dimension, so that a "
             f"checkpoint can hold each under its global number"
         )
     return tuple(f"{prefix}{number}.{rest}" for number in moe.expert_numbers)

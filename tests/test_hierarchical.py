@@ -105,8 +105,9 @@ def through(
     x_TD = x_TD.clone().requires_grad_()
     weight = None if weight is None else weight.clone().requires_grad_()
     row_RD, handle = exchange.dispatch(x_TD, index, weight, num_experts=experts)
-    local = torch.arange(len(handle.counts_E)) + exchange.rank * len(handle.counts_E)
-    expert_R = local.repeat_interleave(torch.tensor(handle.counts_E))
+    local = exchange.placement_of(experts).experts_PE[exchange.rank]
+    counted = zip(local, handle.counts_E, strict=True)
+    expert_R = torch.tensor([e for e, n in counted for _ in range(n)], dtype=torch.int64)
     out_TD = exchange.combine(experts_of(row_RD, expert_R), handle)
     out_TD.backward(grad)
     assert x_TD.grad is not None
@@ -115,14 +116,22 @@ def through(
 
 
 def alone(
-    topology: Topology, x_TD: torch.Tensor, index: Any, weight: Any, experts: int, grad: Any
+    topology: Topology,
+    x_TD: torch.Tensor,
+    index: Any,
+    weight: Any,
+    experts: int,
+    grad: Any,
+    placement: list[int] | None = None,
 ) -> list[torch.Tensor]:
     """The same without any exchange: every expert is here, sums in the canonical order."""
     top_k = index.shape[1]
-    key = torch.where(index >= 0, index, experts).flatten()
-    choice_n = torch.argsort(key, stable=True)[: int((index >= 0).sum())]
-    token_n, expert_n = choice_n // top_k, key[choice_n]
-    rank_n = expert_n // (experts // topology.num_ranks)
+    even = [expert // (experts // topology.num_ranks or 1) for expert in range(experts)]
+    rank_N = torch.tensor(placement or even)
+    order = torch.where(index >= 0, rank_N[index] * experts + index, 2**31).flatten()
+    choice_n = torch.argsort(order, stable=True)[: int((index >= 0).sum())]
+    token_n, expert_n = choice_n // top_k, index.flatten()[choice_n]
+    rank_n = rank_N[expert_n]
     plan = plan_sum(token_n, rank_n, len(x_TD), sum_groups(topology))
     row_nD = x_TD[token_n].requires_grad_()
     out_nD = experts_of(row_nD, expert_n)

@@ -137,6 +137,13 @@ def test_choice_of_exchange() -> None:
     groups = Workload(top_k=1, ep_groups=((0, 1, 2, 3), (4, 5, 6, 7)))
     with pytest.raises(InputError, match="several ep_groups"):
         choose_exchange(topology, groups, np.ones((8, 4)))
+    # A placement names positions in the group, whatever the order of its ranks.
+    counts_PN = np.random.default_rng(0).random((8, 3)) * 100 + 1
+    turned = Workload(top_k=1, placement=(0, 0, 1), ep_groups=(tuple(range(8))[::-1],))
+    direct = Workload(top_k=1, placement=(7, 7, 6))
+    assert choose_exchange(topology, turned, counts_PN) == choose_exchange(
+        topology, direct, counts_PN
+    )
 
 
 @pytest.mark.emulated
