@@ -32,6 +32,6 @@ def dot(a_nD: torch.Tensor, b_nD: torch.Tensor) -> torch.Tensor:
     for piece in pieces(a_nD):
         product_mD = a_nD[piece].to(wide) * b_nD[piece]
         if len(product_mD) == 1:  # torch adds up a single long row in another order, by threads
-            product_mD = product_mD.expand(2, -1)
+            product_mD = product_mD.repeat(2, 1)
         out_n[piece] = product_mD.sum(1)[: piece.stop - piece.start]
     return out_n

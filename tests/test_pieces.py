@@ -110,3 +110,16 @@ def test_weighing_and_dots_in_pieces_are_those_of_all_rows_at_once(seed, num_row
     assert same_bits(weigh(row_nD, weight_n), product_nD.to(dtype))
     two_nD = [torch.cat([rows, rows]).to(wide) for rows in (row_nD, other_nD)]
     assert same_bits(dot(row_nD, other_nD), (two_nD[0] * two_nD[1]).sum(1)[:num_rows])
+
+
+def test_a_long_row_alone_has_the_dot_product_that_it_has_among_others():
+    # Above 32,768 numbers torch deals one row out to threads, which adds up in another order.
+    a_nD, b_nD = (normal(seed, 17, 200_003, dtype=torch.float32) for seed in (1, 2))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        alone_n = torch.cat([dot(a_nD[i : i + 1], b_nD[i : i + 1]) for i in range(17)])
+        assert same_bits(dot(a_nD, b_nD), alone_n)
+        assert same_bits(alone_n, (a_nD * b_nD).sum(1))
+    finally:
+        torch.set_num_threads(threads)
