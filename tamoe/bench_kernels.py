@@ -10,6 +10,7 @@ Shape suffixes: T tokens, K choices, D hidden size, n rows sent (T * K of them).
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import statistics
 import time
@@ -101,22 +102,29 @@ def bench_cases(
     >>> [(rate.op, rate.moved_bytes) for rate in rates][:3]
     [('pack', 8192), ('copy', 8192), ('combine', 6144)]
     """
-    show, rates = progress_line("bench"), list[Rate]()
+    show, total, done = progress_line("bench"), len(cases) * (repetitions + 1), itertools.count(1)
+    began_s = time.monotonic()
+    show("rounds", 0, total, None)
+
+    def round_done() -> None:
+        number = next(done)
+        left_s = (time.monotonic() - began_s) / number * (total - number)
+        show("rounds", number, total, left_s)
+
     sweep = torch.zeros(sweep_bytes, dtype=torch.uint8)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    began_s = time.monotonic()
     try:
-        for number, case in enumerate(cases):
-            rates += _bench_case(case, repetitions, sweep)
-            left_s = (time.monotonic() - began_s) / (number + 1) * (len(cases) - number - 1)
-            show("cases", number + 1, len(cases), left_s)
+        return [
+            rate for case in cases for rate in _bench_case(case, repetitions, sweep, round_done)
+        ]
     finally:
         torch.set_num_threads(threads)
-    return rates
 
 
-def _bench_case(case: Case, repetitions: int, sweep: torch.Tensor) -> list[Rate]:
+def _bench_case(
+    case: Case, repetitions: int, sweep: torch.Tensor, round_done: Callable[[], None]
+) -> list[Rate]:
     steps = _steps(case)
     most_bytes = max(moved_bytes for moved_bytes, _ in steps.values()) // 2
     source, copied = torch.ones(most_bytes).byte(), torch.zeros(most_bytes).byte()
@@ -133,6 +141,7 @@ def _bench_case(case: Case, repetitions: int, sweep: torch.Tensor) -> list[Rate]
             half = moved_bytes // 2  # is read, and as much is written
             memcpy = partial(copied[:half].copy_, source[:half])
             times[op].append((timed_s(step), timed_s(memcpy)))
+        round_done()
     return [
         Rate(case, op, steps[op][0], *map(statistics.median, zip(*of_op[1:], strict=True)))
         for op, of_op in times.items()  # the first call warms up
