@@ -71,6 +71,48 @@ def bench_exchange(
         print(f"written to {output} and {output.with_suffix('.png')}")
 
 
+@bench.command("kernels")
+def bench_kernels(
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="FILE", help="JSON with every rate.")
+    ] = Path("bench-kernels.json"),
+    dtypes: Annotated[str, typer.Option(help="Of rows: float32, float64, bfloat16, float16.")] = (
+        "float32,bfloat16"
+    ),
+    top_k: Annotated[str, typer.Option(help="Experts of each token, such as 2,8.")] = "2,8",
+    tokens: Annotated[int, typer.Option(help="Tokens of the rank.")] = 4096,
+    hidden_size: Annotated[int, typer.Option(help="Numbers in a token.")] = 1024,
+    repetitions: Annotated[int, typer.Option(help="Of each op, in turns.")] = 9,
+    json_output: Json = False,
+) -> None:
+    """Time pack, copy and combine on the CPU against a memcpy of as many bytes.
+
+    One thread, caches emptied before every call, medians; "of memcpy" is the rate of an op over
+    that of the memcpy timed beside it.
+
+    Examples:
+
+      tamoe bench kernels
+
+      tamoe bench kernels --dtypes bfloat16 --top-k 1,2,4,8 --tokens 8192
+    """
+    from tamoe.bench_kernels_command import print_rates, run_kernel_bench
+
+    rates = run_kernel_bench(
+        output,
+        dtypes=[part.strip() for part in dtypes.split(",")],
+        top_k=_numbers("--top-k", top_k),
+        tokens=tokens,
+        hidden_size=hidden_size,
+        repetitions=repetitions,
+    )
+    if json_output:
+        print(output.read_text(), end="")
+    else:
+        print_rates(rates)
+        print(f"written to {output}")
+
+
 def _numbers(name: str, text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() for part in parts):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from tamoe.ops import copy_rows_, gather_rows
 from tamoe.precision import dot, weigh
 from tamoe.record import Phase
 from tamoe.schedules import Mover
@@ -44,12 +45,13 @@ class FlatRoute:
     def send(self, row_nD: torch.Tensor, phase: Phase) -> torch.Tensor:
         """From the order of sending to the order of this rank's experts."""
         row_RD = self.mover.move(row_nD, self.send_splits, self.receive_splits, phase)
-        return row_RD if self.arrangement_R is None else row_RD[self.arrangement_R]
+        return row_RD if self.arrangement_R is None else gather_rows(row_RD, self.arrangement_R)
 
     def send_back(self, row_RD: torch.Tensor, phase: Phase) -> torch.Tensor:
         """From the order of this rank's experts back to the order of sending."""
         if self.arrangement_R is not None:
-            row_RD = torch.empty_like(row_RD).index_copy_(0, self.arrangement_R, row_RD)
+            in_expert_order_RD, row_RD = row_RD, torch.empty_like(row_RD)
+            copy_rows_(row_RD, in_expert_order_RD, None, self.arrangement_R)
         return self.mover.move(row_RD, self.receive_splits, self.send_splits, phase)
 
 
@@ -125,7 +127,7 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: torch.Tensor, route: FlatRoute) -> torch.Tensor:
         ctx.route = route
-        return route.send(x_TD.index_select(0, route.token_n), "dispatch")
+        return route.send(gather_rows(x_TD, route.token_n), "dispatch")
 
     @staticmethod
     @once_differentiable
@@ -155,7 +157,7 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
-        grad_nD = grad_TD.index_select(0, ctx.route.token_n)
+        grad_nD = gather_rows(grad_TD, ctx.route.token_n)
         grad_weight_n = None
         if ctx.weighted:
             row_nD, weight_n = ctx.saved_tensors

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from tamoe.pieces import pieces, rows_of_piece
 from tamoe.precision import accumulation_dtype
-
-CHUNK_NUMBERS = 64 * 1024  # of float32, 256 kB: some of them fit the second-level cache
 
 
 def build_index(
@@ -77,16 +76,30 @@ def copy_rows_(
         else:
             torch.index_select(row_nD, 0, source_m, out=out_MD[: len(source_m)])
         return
-    if len(target_m) == len(out_MD) and row_nD.device.type == "cpu":
-        # Every row is stored once: writing in order is faster than reading in order.
-        place = torch.arange(len(target_m)) if source_m is None else source_m.to(torch.int64)
-        source_M = torch.full((len(out_MD),), -1).index_copy_(0, target_m.to(torch.int64), place)
-        if not bool((source_M < 0).any()):  # else targets are not distinct
-            torch.index_select(row_nD, 0, source_M, out=out_MD)
-            return
-    out_MD.index_copy_(
-        0, target_m.to(torch.int64), row_nD if source_m is None else row_nD[source_m]
-    )
+    target_m = target_m.to(torch.int64)
+    if source_m is None:
+        _store_rows(out_MD, target_m, row_nD[: len(target_m)])
+        return
+    size = rows_of_piece(len(source_m), row_nD.shape[1], row_nD.device)
+    for piece_m, place_m in zip(source_m.split(size), target_m.split(size), strict=True):
+        _store_rows(out_MD, place_m, row_nD.index_select(0, piece_m))
+
+
+def _store_rows(out_MD: torch.Tensor, target_m: torch.Tensor, row_mD: torch.Tensor) -> None:
+    """``out[target] = row``, in the widest words that fit: index_copy_ goes number by number.
+
+    Rows of 2 kB in bfloat16 are stored 1.5 to 2.5 times faster so.
+    """
+    if row_mD.numel() == 0:
+        return
+    row_mD = row_mD.contiguous()
+    row_starts = [n for x in (out_MD, row_mD) for n in (x.storage_offset(), *x.stride()[:-1])]
+    ends_bytes = [n * row_mD.element_size() for n in (row_mD.shape[1], *row_starts)]
+    for word in (torch.complex128, torch.int64, torch.int32, torch.int16):
+        if not any(end % word.itemsize for end in ends_bytes):
+            out_MD, row_mD = out_MD.view(word), row_mD.view(word)
+            break
+    out_MD.index_copy_(0, target_m, row_mD)
 
 
 def combine(
@@ -102,49 +115,48 @@ def combine(
     """
     wide, narrow = accumulation_dtype(row_nD.dtype), row_nD.dtype
     num_sums, width = len(offset_S1) - 1, row_nD.shape[1]
-    out_SD = torch.zeros(num_sums, width, dtype=narrow, device=row_nD.device)
     length_S, first_S = offset_S1.diff(), offset_S1[:-1]
     if num_sums == 0 or int(length_S.max()) == 0:
-        return out_SD
+        return row_nD.new_zeros(num_sums, width)
     order_S = None
     if int(length_S.min()) != int(length_S.max()):
         order_S = torch.argsort(length_S, descending=True, stable=True)
         first_S = first_S[order_S]
     longer = num_sums - torch.bincount(length_S).cumsum(0)[:-1]  # sums longer than 0, 1, 2, ...
     longer_than: list[int] = longer.tolist()
-    size = _chunk(num_sums, width, row_nD.device)
-    parts = [torch.empty(size, width, dtype=dtype, device=row_nD.device) for dtype in (wide,) * 2]
-    narrow_part = torch.empty(size, width, dtype=narrow, device=row_nD.device)
-    for start in range(0, longer_than[0], size):
-        chunk = min(size, num_sums - start)
-        in_place = order_S is None and narrow == wide
-        sum_sD = out_SD[start : start + chunk] if in_place else parts[0][:chunk].zero_()
-        for position, number in enumerate(longer_than):
-            active = min(number - start, chunk)
-            if active <= 0:
+    size = rows_of_piece(num_sums, width, row_nD.device)
+    # For each position in a sum the rows, and their weights, of every piece of sums.
+    term_j = [first_S[:number] + position for position, number in enumerate(longer_than)]
+    index_m = [index_J[j].split(size) for j in term_j]
+    weight_m = [] if weight_J is None else [weight_J[j].unsqueeze(1).split(size) for j in term_j]
+    num_made = longer_than[0]
+    out_SD = (row_nD.new_empty if num_made == num_sums else row_nD.new_zeros)(num_sums, width)
+    sum_part, wide_part = (row_nD.new_empty(size, width, dtype=wide) for _ in range(2))
+    narrow_part = row_nD.new_empty(size, width)
+    in_place = order_S is None and narrow == wide
+    for number, start in enumerate(range(0, num_made, size)):
+        end = min(start + size, num_made)
+        sum_sD = out_SD[start:end] if in_place else sum_part[: end - start]
+        for position, of_piece in enumerate(index_m):
+            if number >= len(of_piece):
                 break
-            j_m = first_S[start : start + active] + position
-            term_mD = sum_sD[:active] if position == 0 else parts[1][:active]
+            active = len(of_piece[number])
+            term_mD = sum_sD[:active] if position == 0 else wide_part[:active]
             drawn_mD = term_mD if narrow == wide else narrow_part[:active]
-            torch.index_select(row_nD, 0, index_J[j_m], out=drawn_mD)
+            torch.index_select(row_nD, 0, of_piece[number], out=drawn_mD)
             if narrow != wide:
                 term_mD.copy_(drawn_mD)
-            if weight_J is not None:
-                term_mD.mul_(weight_J[j_m].unsqueeze(1))
+            if weight_m:
+                term_mD.mul_(weight_m[position][number])
                 if narrow != wide:
                     term_mD.copy_(drawn_mD.copy_(term_mD))  # rounded
             if position > 0:
                 sum_sD[:active].add_(term_mD)
         if order_S is not None:
-            out_SD.index_copy_(0, order_S[start : start + chunk], sum_sD.to(narrow))
+            out_SD.index_copy_(0, order_S[start:end], sum_sD.to(narrow))
         elif not in_place:
-            out_SD[start : start + chunk] = sum_sD
+            out_SD[start:end] = sum_sD
     return out_SD
-
-
-def _chunk(rows: int, width: int, device: torch.device) -> int:
-    """Rows to work on at once: on the CPU as many as fit its second-level cache."""
-    return max(16, CHUNK_NUMBERS // max(width, 1)) if device.type == "cpu" else max(rows, 1)
 
 
 def combine_backward(
@@ -160,7 +172,7 @@ def combine_backward(
     are then in order too.
     """
     wide, device = accumulation_dtype(grad_SD.dtype), grad_SD.device
-    num_rows, width = row_nD.shape
+    num_rows = len(row_nD)
     first, end = (int(offset) for offset in offset_S1[[0, -1]])
     index_j = index_J[first:end].to(torch.int64)
     sum_j = torch.arange(len(offset_S1) - 1, device=device).repeat_interleave(
@@ -178,8 +190,7 @@ def combine_backward(
     weight_n = torch.zeros(num_rows, dtype=wide, device=device)
     weight_n.index_copy_(0, index_j, weight_J[first:end])
     grad_weight_n = torch.empty_like(weight_n)
-    for rows in torch.arange(num_rows, device=device).split(_chunk(num_rows, width, device)):
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
+    for part in pieces(row_nD):
         grad_mD = grad_SD.index_select(0, sum_n[part].clamp_min(0)).to(wide)
         grad_weight_n[part] = (grad_mD * row_nD[part]).sum(1)
         grad_row_nD[part] = grad_mD.mul_(weight_n[part].unsqueeze(1))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tamoe.ops import combine
+from tamoe.ops import combine, copy_rows_
 from tamoe.precision import weigh
 
 
@@ -118,7 +118,11 @@ def add_up(
         row_nD, weight_n = add_stage(row_nD, stage, weight_n), None
     if weight_n is not None:  # no token has two rows
         row_nD = weigh(row_nD, weight_n)
-    return row_nD.new_zeros(plan.num_tokens, row_nD.shape[1]).index_copy_(0, plan.token_m, row_nD)
+    if plan.stages and len(row_nD) == plan.num_tokens:  # sums are in the order of their tokens
+        return row_nD
+    out_TD = row_nD.new_zeros(plan.num_tokens, row_nD.shape[1])
+    copy_rows_(out_TD, row_nD, None, plan.token_m)
+    return out_TD
 
 
 def add_stage(

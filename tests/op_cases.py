@@ -77,6 +77,22 @@ def sums() -> st.SearchStrategy[Sums]:
     )
 
 
+def sums_by_hand(case: Sums) -> torch.Tensor:
+    """What combine gives, term by term."""
+    wide = torch.float64 if case.row_nD.dtype == torch.float64 else torch.float32
+    expected_SD = torch.zeros_like(case.grad_SD)
+    for s, (begin, end) in enumerate(zip(case.offset_S1[:-1], case.offset_S1[1:], strict=True)):
+        total = None
+        for j in range(int(begin), int(end)):
+            term = case.row_nD[case.index_J[j]].to(wide)
+            if case.weight_J is not None:
+                term = (term * case.weight_J[j]).to(case.row_nD.dtype).to(wide)
+            total = term if total is None else total + term
+        if total is not None:
+            expected_SD[s] = total.to(case.row_nD.dtype)
+    return expected_SD
+
+
 def make_choices(
     seed: int, num_tokens: int, top_k: int, num_experts: int, how: str, dtype: torch.dtype
 ) -> torch.Tensor:
