@@ -45,7 +45,7 @@ _INSTALL = {
     "mpi": "apt install openmpi-bin && pip install mpi4py",
     "deepspeed": "pip install --no-deps deepspeed==0.19.6 && pip install hjson einops msgpack "
     "ninja psutil py-cpuinfo pydantic tqdm",
-    "tutel": "pip install --no-build-isolation git+https://github.com/microsoft/Tutel",
+    "tutel": "pip install --no-build-isolation git+https://github.com/microsoft/Tutel@ac0e51b",
 }
 
 
@@ -68,8 +68,8 @@ def missing_peers(spec: ClusterSpec) -> dict[str, str]:
     for peer, package in (("mpi", "mpi4py"), ("deepspeed", "deepspeed"), ("tutel", "tutel")):
         if util.find_spec(package) is None:
             found[peer] = f"{package} is not installed: {_INSTALL[peer]}"
-    if shutil.which("mpirun") is None:
-        found["mpi"] = f"mpirun is not installed: {_INSTALL['mpi']}"
+    if shutil.which("orted") is None:  # other MPIs have an mpirun, too
+        found["mpi"] = f"Open MPI 4 is not installed: {_INSTALL['mpi']}"
     elif spec.intra_bit_per_s is not None:
         found["mpi"] = "its daemon cannot reach ranks with a network of their own (intra=RATE)"
     return found
@@ -153,7 +153,7 @@ def _made(mpi: str | None) -> dict[str, Any]:
     }
 
 
-def load(path: Path) -> tuple[dict[str, Any], list[Score]]:
+def load_scores(path: Path) -> tuple[dict[str, Any], list[Score]]:
     """The document that :func:`run` gave, from a file, and its scores.
 
     Raises
@@ -168,7 +168,7 @@ def load(path: Path) -> tuple[dict[str, Any], list[Score]]:
 
 
 def print_scores(scores: Sequence[Score], cluster: str) -> None:
-    """A table: times, times over the fastest exchange of tamoe, bytes, drops."""
+    """A table: times, also over the fastest of tamoe's; bytes into the busiest node; capacities."""
     from rich.console import Console
     from rich.table import Table
 
@@ -182,6 +182,7 @@ def print_scores(scores: Sequence[Score], cluster: str) -> None:
         "moving ms",
         "over tamoe",
         "MB in",
+        "capacity",
         "dropped",
     ):
         table.add_column(column, justify="right")
@@ -197,10 +198,11 @@ def print_scores(scores: Sequence[Score], cluster: str) -> None:
                 f"{row.moving_s * 1e3:.0f}",
                 f"{row.total_s / best_s:.2f}x",
                 f"{row.received_bytes / 1e6:.1f}",
+                str(row.capacity or "–"),
                 f"{row.dropped_share:.1%}" if row.dropped_share else "–",
             )
         table.add_section()
-    Console(width=None if Console().is_terminal else 120, highlight=False).print(table)
+    Console(width=None if Console().is_terminal else 130, highlight=False).print(table)
 
 
 def by_routing(scores: Sequence[Score]) -> dict[str, list[Score]]:
@@ -239,7 +241,7 @@ def main(
         raise typer.Exit(error.exit_code) from None
     for peer, why in document["skipped"].items():
         print(f"{peer} left out: {why}")
-    print_scores(load(out)[1], config.cluster)
+    print_scores(load_scores(out)[1], config.cluster)
     print(f"written to {out}")
 
 
