@@ -88,7 +88,7 @@ def run(config: Config, without: Sequence[str] = ()) -> dict[str, Any]:
     Raises
     ------
     InputError
-        A number out of range, or a peer that is not known.
+        A number out of range, one node, or a peer that is not known.
     RankError
         A result was wrong, or a rank ended.
     StoppedError
@@ -99,6 +99,8 @@ def run(config: Config, without: Sequence[str] = ()) -> dict[str, Any]:
     from tamoe.topology.ranks import run_ranks_with_report
 
     spec = ClusterSpec.parse(config.cluster)
+    if spec.num_nodes < 2:
+        raise InputError(f"cluster is {config.cluster!r}, one node; allowed: two nodes or more")
     for name in ("tokens", "experts_per_rank", "hidden_size", "repetitions"):
         whole(name, getattr(config, name), 1)
     whole("top_k", config.top_k, 1, config.experts_per_rank * spec.num_ranks)

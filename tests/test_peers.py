@@ -84,6 +84,7 @@ def test_missing_peers_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("changed", "without", "message"),
     [
+        ({"cluster": "1x4:1gbit"}, (), "cluster is '1x4:1gbit', one node; allowed: two"),
         ({"tokens": 0}, (), "tokens is 0; allowed: a whole number >= 1"),
         ({"top_k": 9}, (), "top_k is 9; allowed: 1 to 8"),
         ({}, ("nccl",), "--without is 'nccl'; allowed: mpi, deepspeed, tutel"),
