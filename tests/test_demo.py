@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from tamoe.experiments.predict import (
 from tamoe.experiments.results import Document, all_settings, complete_setting, load_results
 from tamoe.experiments.strategies import default_strategies
 from tamoe.experiments.text import load_text
-from tamoe.experiments.train import Job, train_rank
+from tamoe.experiments.train import Job, _Run, train_rank
 from tamoe.experiments.trainee import TrainConfig, Trainee
 from tamoe.solver import Plan, Workload, solve
 from tamoe.solver.choice import Choice
@@ -135,10 +136,8 @@ def test_the_last_setting_is_one_where_the_hierarchical_exchange_pays() -> None:
 RELAYED = "bias kl=0.5"  # trains with the hierarchical exchange, the others with the flat one
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Document, Path]:
+def _job(path: Path) -> Job:
     """Two plain ranks, each its own node, a small model, a few steps."""
-    path = tmp_path_factory.mktemp("demo") / "results.json"
     topology = Topology.from_tree("2x1", bandwidth_bytes_per_s=(1e9, 1e7))
     config = TrainConfig(
         hidden_size=32, intermediate_size=32, sequences=4, sequence_length=32, learning_rate=1e-2
@@ -151,7 +150,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Document, Path]:
         for s in strategies
     }
     setting = {"setting": "test", "cluster": "2x1", "nodes": [[0], [1]], "complete": False}
-    job = Job(
+    return Job(
         setting=setting,
         before=(example_setting(),),
         about={"command": "test"},
@@ -163,7 +162,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Document, Path]:
         config=config,
         steps=28,
     )
-    return run_ranks(2, train_rank, job, timeout_s=240)[0], path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Document, Path]:
+    path = tmp_path_factory.mktemp("demo") / "results.json"
+    return run_ranks(2, train_rank, _job(path), timeout_s=240)[0], path
 
 
 @pytest.mark.ranks
@@ -250,6 +254,26 @@ def test_every_strategy_is_timed_with_both_exchanges(trained: tuple[Document, Pa
             assert timed["exchange_share"] == pytest.approx(share)
         assert strategy["step_s"] == strategy["exchanges"][auto]["step_s"]
         assert strategy["exchange_s"] == strategy["exchanges"][auto]["exchange_s"]
+
+
+def _one_turn(rank: int, job: Job) -> tuple[list[str], list[str]]:
+    """The exchanges that dispatched in a turn, and those that its times are booked on."""
+    run, used = _Run(rank, job), []
+    for kind, exchange in run.exchanges.items():
+
+        def noted(*args: Any, kind: str = kind, real: Any = exchange.dispatch, **more: Any) -> Any:
+            used.append(kind)
+            return real(*args, **more)
+
+        exchange.dispatch = noted  # type: ignore[method-assign]
+    times = run._turn(run.trainees[0], ["hierarchical", "flat", "hierarchical"])
+    return used, [kind for kind, _ in times]
+
+
+@pytest.mark.ranks
+def test_times_are_booked_on_the_exchange_that_ran(tmp_path: Path) -> None:
+    for used, booked in run_ranks(2, _one_turn, _job(tmp_path / "results.json"), timeout_s=120):
+        assert used[:: TrainConfig.num_blocks] == booked == ["hierarchical", "flat", "hierarchical"]
 
 
 SMALL = TrainConfig(
