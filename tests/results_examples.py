@@ -63,7 +63,7 @@ def _strategy(name: str, kind: str, kl: float | None, remote: float) -> Document
     # takes is right but for even, and for the loss it makes no difference.
     relayed_s = 0.2 + (step_s - 0.15) * (1 - remote / 2.25)
     exchanges = {"flat": _timed(step_s), "hierarchical": _timed(relayed_s)}
-    auto = "hierarchical" if relayed_s < step_s and kind != "even" else "flat"
+    auto = "hierarchical" if relayed_s < step_s and kind == "capacity" else "flat"
     entry.update(
         **exchanges[auto],
         auto_exchange=auto,
