@@ -10,12 +10,18 @@ ARGS ?=
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install -q $(PIP_ARGS)
 INSTALL = $(PIP) --no-deps --no-build-isolation
 
-.PHONY: demo test lint format clean
+.PHONY: demo demo-data test lint format clean
 
 demo: $(VENV)/ready
 	@rm -rf build
 	@$(INSTALL) .  # not editable: an editable install seen from the parent of a clone is empty
 	$(VENV)/bin/tamoe demo $(ARGS)
+
+demo-data: demo  # what experiments/ keeps of the demo, and the tables of its LOG.md
+	cp tamoe-demo/results.json experiments/demo.json
+	cp tamoe-demo/figures/steep-loss.svg experiments/demo.svg
+	cp tamoe-demo/figures/top-8-exchanges.svg experiments/demo_exchanges.svg
+	$(VENV)/bin/python -m tamoe.experiments.demo_table experiments/demo.json
 
 test: $(VENV)/ready
 	@$(INSTALL) -e .

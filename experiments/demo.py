@@ -1,9 +1,10 @@
 """The whole chain on one machine: emulate, probe, solve, train in turns, report.
 
-``tamoe demo`` runs it. Two settings are trained by default, alike but for their links: a steep
-one, where the exchange takes most of the even step, and one where it takes the share that
-measurements on real clusters were published for (up to 67 % of the time). Everything measured
-here is *emulated*: real traffic on shaped links.
+``tamoe demo`` runs it. Three settings are trained by default. Two are alike but for their links: a
+steep one, where the exchange takes most of the even step, and one where it takes the share that
+measurements on real clusters were published for (up to 67 % of the time). Top-2 on four nodes
+leaves a hierarchical exchange little to save; the third setting, short, is one where it pays.
+Everything measured here is *emulated*: real traffic on shaped links.
 
 A run that is stopped keeps what it measured, with figures and page.
 """
@@ -16,9 +17,10 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tamoe.experiments.results import (
     Document,
@@ -35,15 +37,63 @@ from tamoe.topology.graph import Topology
 from tamoe.topology.spec import ClusterSpec
 from tamoe.topology.units import format_time
 
+if TYPE_CHECKING:
+    from tamoe.experiments.strategies import Strategy
+    from tamoe.experiments.trainee import TrainConfig
+
 STEEP = "4x2:50mbit"
-PUBLISHED = "4x2:160mbit"
-KLS = (0.45, 0.3)  # keep more than four fifths, and nineteen twentieths, of the tokens in the node
 STEPS_ALLOWED = "a whole number >= 12"
-TOTAL_S = 335.0  # of everything, where no number of steps is asked for
+TOTAL_S = 352.0  # of everything, where no number of steps is asked for
 _REPORT_S = 12.0  # figures and page
-_NEXT_S = 45.0  # probe and start of one more setting
-_FIRST_SHARE = 0.75  # of the time for training: steps of the steep setting take longer
+_NEXT_S = 18.0  # probe and start of one more setting
 _TIMEOUT_S = 3600.0
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """One setting to run."""
+
+    name: str
+    cluster: str
+    weight: float = 1.0  # of its time for training, over that of the settings that follow
+    top_k: int = 2
+    experts_per_rank: int = 4
+    sequences: int = 8  # a rank and step
+    # Keep more than four fifths, and nineteen twentieths, of the tokens in the node.
+    kls: tuple[float, float] = (0.45, 0.3)
+    biases_only: bool = False  # and the even baseline, for a short setting
+
+    def config(self, seed: int) -> TrainConfig:
+        from tamoe.experiments.trainee import TrainConfig
+
+        return TrainConfig(
+            seed=seed,
+            top_k=self.top_k,
+            experts_per_rank=self.experts_per_rank,
+            sequences=self.sequences,
+        )
+
+    def strategies(self) -> tuple[Strategy, ...]:
+        from tamoe.experiments.strategies import default_strategies
+
+        shown = ("even", "bias") if self.biases_only else ("even", "capacity", "loss", "bias")
+        return tuple(s for s in default_strategies(self.kls) if s.kind in shown)
+
+
+DEFAULT = (
+    _Recipe("steep", STEEP, weight=0.60),
+    _Recipe("published share", "4x2:160mbit", weight=0.33),
+    _Recipe(
+        "top-8",
+        "2x4:200mbit",
+        weight=0.07,
+        top_k=8,
+        experts_per_rank=8,
+        sequences=4,
+        kls=(1.0, 0.45),  # keep .88 and .99 of the tokens in the node
+        biases_only=True,
+    ),
+)
 
 
 def run_demo(
@@ -59,7 +109,8 @@ def run_demo(
     Parameters
     ----------
     cluster
-        Emulated cluster. The default one is followed by the setting of a published share.
+        Emulated cluster. The default one is followed by the setting of a published share and by one
+        where the hierarchical exchange pays.
     out
         Folder to write to; made if needed.
     steps
@@ -83,17 +134,18 @@ def run_demo(
     """
     began_s = time.monotonic()
     folder = Path(out)
-    settings = _settings(cluster)
-    _check(settings, folder, steps, text, seed)
+    recipes = _recipes(cluster)
+    _check(recipes, folder, steps, text, seed)
     about = {"command": _command(cluster, out, steps, text, seed), "made": _made()}
-    clusters = " and ".join(spec for _, spec in settings)
+    clusters = ", ".join(recipe.cluster for recipe in recipes)
     print(f"demo: {clusters}, results go to {folder}; starting ranks", file=sys.stderr, flush=True)
     done: list[Document] = []
     current: Document = {}
     try:
-        for name, spec in settings:
-            current = _new_setting(name, spec)
+        for number, recipe in enumerate(recipes):
+            current = _new_setting(recipe)
             setting = _run_setting(
+                recipe,
                 current,
                 done,
                 about,
@@ -102,7 +154,7 @@ def run_demo(
                 text=text,
                 seed=seed,
                 began_s=began_s,
-                others_follow=len(done) + 1 < len(settings),
+                following=recipes[number + 1 :],
             )
             done.append(setting)
             save_results(folder / "results.json", assemble(done, about))
@@ -121,6 +173,7 @@ def run_demo(
 
 
 def _run_setting(
+    recipe: _Recipe,
     setting: Document,
     done: list[Document],
     about: Document,
@@ -130,13 +183,11 @@ def _run_setting(
     text: str | os.PathLike[str] | None,
     seed: int,
     began_s: float,
-    others_follow: bool,
+    following: Sequence[_Recipe],
 ) -> Document:
     """Probe, solve and train; the ranks write results.json as they go."""
-    from tamoe.experiments.predict import with_credit_of
-    from tamoe.experiments.strategies import default_strategies
+    from tamoe.experiments.predict import choose_exchanges, with_credit_of
     from tamoe.experiments.train import Job, train_rank
-    from tamoe.experiments.trainee import TrainConfig
     from tamoe.probe_command import run_probe
     from tamoe.solver import solve
     from tamoe.topology.ranks import run_ranks
@@ -149,11 +200,11 @@ def _run_setting(
     assert topology is not None  # None only inside a running job
     setting["topology"] = topology_to_document(topology)
     setting["probe_s"] = time.monotonic() - probe_began_s
-    config = TrainConfig(seed=seed)
+    config, strategies = recipe.config(seed), recipe.strategies()
     workload = config.workload
     # Exchanges follow each other closely, so plans are made for the rates that links sustain.
     sustained = with_credit_of(topology, pause_s=0.0)
-    plans = {kl: solve(sustained, workload, method="entropic", kl=kl) for kl in KLS}
+    plans = {kl: solve(sustained, workload, method="entropic", kl=kl) for kl in recipe.kls}
     for kl, plan in plans.items():
         plan.save(own / f"plan-kl{kl:g}.json")
     setting["workload"] = _workload(config, workload, topology, text)
@@ -163,30 +214,31 @@ def _run_setting(
         about=about,
         results_path=(folder / "results.json").absolute(),
         topology=topology,
-        strategies=default_strategies(KLS),
+        strategies=strategies,
         plans=plans,
+        choices=choose_exchanges(sustained, workload, strategies, plans),
         config=config,
         text=None if text is None else Path(text).absolute(),
         steps=steps,
-        budget_s=_budget_s(time.monotonic() - began_s, others_follow=others_follow),
+        budget_s=_budget_s(time.monotonic() - began_s, recipe, following),
         progress_name=f"train {spec}",
     )
     filled: Document = run_ranks(spec, train_rank, job, timeout_s=_TIMEOUT_S)[0]
     return filled
 
 
-def _budget_s(spent_s: float, *, others_follow: bool) -> float:
+def _budget_s(spent_s: float, recipe: _Recipe, following: Sequence[_Recipe]) -> float:
     """Time for training one setting, of what is left of the whole."""
-    left_s = TOTAL_S - spent_s - _REPORT_S
-    return (left_s - _NEXT_S) * _FIRST_SHARE if others_follow else left_s
+    left_s = TOTAL_S - spent_s - _REPORT_S - _NEXT_S * len(following)
+    return left_s * recipe.weight / (recipe.weight + sum(other.weight for other in following))
 
 
-def _new_setting(name: str, spec: str) -> Document:
+def _new_setting(recipe: _Recipe) -> Document:
     return {
-        "setting": name,
-        "cluster": spec,
+        "setting": recipe.name,
+        "cluster": recipe.cluster,
         "label": "emulated",
-        "nodes": [list(ranks) for ranks in ClusterSpec.parse(spec).nodes],
+        "nodes": [list(ranks) for ranks in ClusterSpec.parse(recipe.cluster).nodes],
         "steps": 0,
         "strategies": [],
         "complete": False,
@@ -266,21 +318,30 @@ def _line(strategy: Mapping[str, Any]) -> str:
     return (
         f"  {strategy['name']:<22}{strategy['tokens_per_s']:>8,.0f} tokens/s  "
         f"{strategy['speedup_over_even']:.2f}x over even, to its loss {to_loss}, "
-        f"loss {strategy['val_loss_own']:.3f} ({strategy['val_loss_over_even']:+.1%})"
+        f"loss {strategy['val_loss_own']:.3f} ({strategy['val_loss_over_even']:+.1%})\n"
+        f"{'':<24}{_exchanges(strategy)}"
     )
+
+
+def _exchanges(strategy: Mapping[str, Any]) -> str:
+    both = "; ".join(
+        f"{kind} {timed['tokens_per_s']:,.0f} tokens/s, f = {timed['exchange_share']:.2f}"
+        for kind, timed in strategy["exchanges"].items()
+    )
+    return f"{both}; auto takes {strategy['auto_exchange']}"
 
 
 # ---- arguments --------------------------------------------------------------------------------
 
 
-def _settings(cluster: str) -> list[tuple[str, str]]:
-    if cluster == STEEP:
-        return [("steep", STEEP), ("published share", PUBLISHED)]
-    return [("your cluster", str(ClusterSpec.parse(cluster)))]
+def _recipes(cluster: str) -> tuple[_Recipe, ...]:
+    return (
+        DEFAULT if cluster == STEEP else (_Recipe("your cluster", str(ClusterSpec.parse(cluster))),)
+    )
 
 
 def _check(
-    settings: list[tuple[str, str]],
+    recipes: Sequence[_Recipe],
     folder: Path,
     steps: int | None,
     text: str | os.PathLike[str] | None,
@@ -295,7 +356,7 @@ def _check(
     if os.path.isfile(folder):  # pathlib's raises where the folder above may not be read
         raise InputError(f"output is {str(folder)!r}, a file; allowed: a folder, or a new name")
     corpus = load_text(text)
-    for _, spec in settings:
+    for spec in (recipe.cluster for recipe in recipes):
         parsed = ClusterSpec.parse(spec)
         if parsed.num_nodes < 2:
             raise InputError(

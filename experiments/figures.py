@@ -1,20 +1,35 @@
 """The figures of the demo, drawn from its results document and nothing else.
 
-Every figure says in its title that the cluster is emulated. Colours are those of Okabe and Ito,
-told apart by colour-blind readers; curves differ in their line as well.
+Titles and colours are those of :mod:`tamoe.experiments.figure_parts`; curves differ in their line
+too.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tamoe.experiments.results import all_settings, even_strategy, final_point
+from tamoe.experiments.exchanges_figure import exchanges_figure
+from tamoe.experiments.figure_parts import (
+    GREY,
+    WIDTH,
+    Setting,
+    new_figure,
+    plain,
+    strategy_colour,
+    wrap,
+)
+from tamoe.experiments.results import (
+    all_settings,
+    even_strategy,
+    final_point,
+    flat_exchange_s,
+)
 from tamoe.topology.formats import topology_from_document
 from tamoe.topology.plot import draw_heatmap, draw_tree
 
@@ -22,11 +37,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Setting = Mapping[str, Any]
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _LINES = ("-", "--", "-.", (0, (4, 1, 1, 1, 1, 1)), ":")
-_GREY = "#5f6368"
-_WIDTH = 11.0  # inches, of every figure, so that all letters on the page have one size
 _SEQUENTIAL = "cividis"  # the same to colour-blind readers
 
 
@@ -74,8 +85,8 @@ def _figures(setting: Setting) -> Iterator[tuple[str, str, str, Figure]]:
             "dispatch",
             "Dispatch: wanted and reached",
             "Tokens that each rank (row) sends to each expert (column) a step, relative to "
-            "even dispatch. Above: the target, even for the first two. Below: what the router did "
-            "at the end of training, mean of the layers. White lines separate nodes.",
+            "even dispatch. Above: the target, even where there is no plan. Below: what the router "
+            "did at the end of training, mean of the layers. White lines separate nodes.",
             dispatch_figure(setting),
         )
     if not measured or not even_strategy(setting)["tokens_per_s"]:
@@ -83,17 +94,26 @@ def _figures(setting: Setting) -> Iterator[tuple[str, str, str, Figure]]:
     yield (
         "throughput",
         "Tokens per second",
-        "Training throughput of all ranks together. The line is the bound 1/(1 − f): the even run "
-        "with its exchange removed.",
+        "Training throughput of all ranks together, with the exchange that auto takes. The line "
+        "is the bound 1/(1 − f): the even run with its exchange removed.",
         throughput_figure(setting, measured),
     )
+    if any(s.get("exchanges") for s in measured):
+        yield (
+            "exchanges",
+            "Flat beside hierarchical",
+            "One training, its steps with both exchanges in turns; the results are equal to the "
+            "last bit. f is the exchange's share of the step: what it takes more than the even "
+            "step with its exchange removed. “auto” stands at the one that auto takes.",
+            exchanges_figure(setting, measured),
+        )
     yield (
         "exchange",
         "Exchange time: predicted and measured",
-        "Seconds a step in dispatch and combine, forward and backward, of all layers, for the "
-        "counts that were reached. Alone: exchanges one after another with nothing else running. "
-        "In training: with the waits of ranks for one another, and with the burst credit that "
-        "links regain while ranks compute.",
+        "Seconds a step in the flat exchange's dispatch and combine, forward and backward, of all "
+        "layers, for the counts that were reached. Alone: exchanges one after another with "
+        "nothing else running. In training: with the waits of ranks for one another, and with the "
+        "burst credit that links regain while ranks compute.",
         exchange_figure(setting, measured),
     )
     curves = [s for s in measured if len(s["curve"]) > 1]
@@ -120,7 +140,7 @@ def _figures(setting: Setting) -> Iterator[tuple[str, str, str, Figure]]:
 def links_figure(setting: Setting) -> Figure:
     """Heatmap of measured pair bandwidths and the tree of shared links."""
     topology = topology_from_document(dict(setting["topology"]), "results: topology")
-    figure = _figure(setting, _WIDTH, 4.6, "measured links")
+    figure = new_figure(setting, WIDTH, 4.6, "measured links")
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.15])
     draw_heatmap(left, topology)
     draw_tree(right, topology)
@@ -130,9 +150,8 @@ def links_figure(setting: Setting) -> Figure:
 def dispatch_figure(setting: Setting) -> Figure:
     """Target and reached dispatch of every strategy, rank × expert, on one colour scale."""
     strategies = setting["strategies"]
-    figure = _figure(
-        setting, 2.5 * len(strategies) + 1.2, 5.0, "tokens from each rank to each expert"
-    )
+    width = max(WIDTH, 2.5 * len(strategies) + 1.2)
+    figure = new_figure(setting, width, 5.0, "tokens from each rank to each expert")
     axes_grid = figure.subplots(2, len(strategies), squeeze=False, sharex=True, sharey=True)
     targets = [_share_of_even(s["target_PN"]) for s in strategies]
     reached = [_share_of_even(s["counts_PN"]) for s in strategies]
@@ -145,7 +164,7 @@ def dispatch_figure(setting: Setting) -> Figure:
         image = axes.imshow(share, vmin=0, vmax=top, cmap=_SEQUENTIAL, aspect="auto")
         _node_lines(axes, setting, share.shape[1])
     for axes, strategy in zip(axes_grid[0], strategies, strict=True):
-        axes.set_title(_wrap(strategy["name"]), fontsize=10)
+        axes.set_title(wrap(strategy["name"]), fontsize=10)
     for axes, row in zip(axes_grid[:, 0], ("target", "reached"), strict=True):
         axes.set_ylabel(f"{row}\nfrom rank", fontsize=10)
     for axes in axes_grid[1]:
@@ -157,11 +176,13 @@ def dispatch_figure(setting: Setting) -> Figure:
 
 def throughput_figure(setting: Setting, strategies: Sequence[Mapping[str, Any]]) -> Figure:
     """Tokens per second as bars, with the bound of a free exchange."""
-    figure = _figure(setting, _WIDTH, 0.5 * len(strategies) + 1.6, "training throughput")
+    figure = new_figure(setting, WIDTH, 0.5 * len(strategies) + 1.6, "training throughput")
     axes = figure.subplots()
     rates = [s["tokens_per_s"] / 1e3 for s in strategies]
     names = [s["name"] for s in strategies]
-    bars = axes.barh(names, rates, color=[_colour(i) for i in range(len(names))], height=0.62)
+    bars = axes.barh(
+        names, rates, color=[strategy_colour(i) for i in range(len(names))], height=0.62
+    )
     labels = [
         f"{rate:.1f}  ({s['speedup_over_even']:.2f}×)"
         for rate, s in zip(rates, strategies, strict=True)
@@ -171,47 +192,48 @@ def throughput_figure(setting: Setting, strategies: Sequence[Mapping[str, Any]])
     if setting.get("speedup_bound"):
         bound = even_strategy(setting)["tokens_per_s"] / 1e3 * setting["speedup_bound"]
         limit = max(limit, bound)
-        axes.axvline(bound, color=_GREY, linestyle="--", linewidth=1.3)
+        axes.axvline(bound, color=GREY, linestyle="--", linewidth=1.3)
         text = f"bound {setting['speedup_bound']:.2f}×\n(f = {setting['exchange_share']:.2f})"
-        axes.text(bound, -0.75, text, color=_GREY, ha="center", va="bottom", fontsize=9)
+        axes.text(bound, -0.75, text, color=GREY, ha="center", va="bottom", fontsize=9)
     axes.invert_yaxis()
     axes.set(xlabel="thousand tokens per second (emulated)", xlim=(0, 1.22 * limit))
     axes.set_ylim(len(names) - 0.5, -0.65)
-    _plain(axes)
+    plain(axes, grid="x")
     return figure
 
 
 def exchange_figure(setting: Setting, strategies: Sequence[Mapping[str, Any]]) -> Figure:
-    """Exchange seconds a step: predicted, alone, in training."""
+    """Seconds a step of the flat exchange: predicted, alone, in training."""
     kinds = (
         ("predicted_alone_s", "alone: predicted (simulated)", "#f3cf8a"),
         ("exchange_alone_s", "alone: measured (emulated)", "#e69f00"),
         ("predicted_exchange_s", "in training: predicted (simulated)", "#9ecae9"),
         ("exchange_s", "in training: measured (emulated)", "#0072b2"),
     )
-    figure = _figure(setting, _WIDTH, 3.8, "exchange time per step")
+    figure = new_figure(setting, WIDTH, 3.8, "flat exchange, time per step")
     axes = figure.subplots()
     position = np.arange(len(strategies))
     for offset, (key, label, colour) in zip((-0.31, -0.11, 0.11, 0.31), kinds, strict=True):
-        values = [s[key] or 0.0 for s in strategies]
+        measured = [flat_exchange_s(s) if key == "exchange_s" else s[key] for s in strategies]
+        values = [value or 0.0 for value in measured]
         bars = axes.bar(position + offset, values, width=0.19, color=colour, label=label)
         axes.bar_label(bars, [f"{v:.2f}" for v in values], fontsize=8, padding=2)
-    axes.set_xticks(position, [_wrap(s["name"]) for s in strategies])
+    axes.set_xticks(position, [wrap(s["name"]) for s in strategies])
     axes.set(ylabel="seconds a step")
     axes.margins(y=0.12)
     axes.legend(frameon=False, fontsize=9)
-    _plain(axes)
+    plain(axes)
     return figure
 
 
 def loss_figure(setting: Setting, strategies: Sequence[Mapping[str, Any]]) -> Figure:
     """Validation loss against steps (left) and against training time (right)."""
-    figure = _figure(setting, _WIDTH, 4.4, "validation loss")
+    figure = new_figure(setting, WIDTH, 4.4, "validation loss")
     by_step, by_time = figure.subplots(1, 2, sharey=True)
     for number, strategy in enumerate(strategies):
         losses = [point["val_loss"] for point in strategy["curve"]]
         style: dict[str, Any] = {
-            "color": _colour(number),
+            "color": strategy_colour(number),
             "linestyle": _LINES[number % len(_LINES)],
         }
         style.update(linewidth=2, label=strategy["name"])
@@ -220,10 +242,10 @@ def loss_figure(setting: Setting, strategies: Sequence[Mapping[str, Any]]) -> Fi
     end = final_point(even_strategy(setting))
     for axes, label in ((by_step, "steps"), (by_time, "seconds of training (emulated)")):
         if end is not None:
-            axes.axhline(end["val_loss"], color=_GREY, linewidth=0.8)
+            axes.axhline(end["val_loss"], color=GREY, linewidth=0.8)
         axes.set_xlabel(label)
         axes.set_xlim(left=0)
-        _plain(axes)
+        plain(axes)
     by_step.set_ylabel("validation loss, nats a byte")
     by_time.legend(frameon=False, fontsize=9)
     return figure
@@ -237,7 +259,7 @@ def quality_figure(setting: Setting, strategies: Sequence[Mapping[str, Any]]) ->
         ("val_loss_no_bias", "steering removed", "D", "#009e73"),
     )
     height = 0.5 * len(strategies) + 1.5
-    figure = _figure(setting, _WIDTH, height, "validation loss at equal steps")
+    figure = new_figure(setting, WIDTH, height, "validation loss at equal steps")
     axes = figure.subplots()
     for offset, (key, label, marker, colour) in zip((-0.2, 0.0, 0.2), kinds, strict=True):
         position = np.arange(len(strategies)) + offset
@@ -248,19 +270,11 @@ def quality_figure(setting: Setting, strategies: Sequence[Mapping[str, Any]]) ->
     axes.set_xlabel("validation loss, nats a byte (emulated; lower is better)")
     axes.grid(axis="y", visible=False)
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    _plain(axes, grid="x")
+    plain(axes, grid="x")
     return figure
 
 
 # ---- shared pieces ----------------------------------------------------------------------------
-
-
-def _figure(setting: Setting, width: float, height: float, title: str) -> Figure:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(f"{title} ({setting['cluster']}, emulated)", fontsize=12)
-    return figure
 
 
 def _svg(figure: Figure) -> bytes:
@@ -287,20 +301,3 @@ def _node_lines(axes: Axes, setting: Setting, num_experts: int) -> None:
         axes.axhline(rank - 0.5, color="white", linewidth=1)
         axes.axvline(rank * num_experts / num_ranks - 0.5, color="white", linewidth=1)
     axes.set_yticks(range(0, num_ranks, max(1, num_ranks // 8)))
-
-
-def _plain(axes: Axes, grid: str = "y") -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    wanted: Callable[..., None] = axes.grid
-    if axes.get_xlabel().startswith("thousand"):
-        grid = "x"
-    wanted(axis=grid, color="#e4e6e8", linewidth=0.8)
-    axes.set_axisbelow(True)
-
-
-def _colour(number: int) -> str:
-    return _COLOURS[number % len(_COLOURS)]
-
-
-def _wrap(name: str) -> str:
-    return name.replace(" ", "\n", 1)

@@ -1,20 +1,40 @@
-"""What the cost model says of the exchanges that the demo measured (simulated)."""
+"""What the cost model says of the exchanges that the demo measures (simulated)."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 import networkx as nx
 import numpy as np
 
 from tamoe.experiments.results import Document
-from tamoe.solver import Workload, exchange_time_s
+from tamoe.experiments.strategies import Strategy
+from tamoe.solver import Plan, Workload, exchange_time_s
+from tamoe.solver.choice import Choice, choose_exchange
 from tamoe.topology.formats import topology_from_document
 from tamoe.topology.graph import Topology
 
 
+def choose_exchanges(
+    topology: Topology,
+    workload: Workload,
+    strategies: Sequence[Strategy],
+    plans: Mapping[float, Plan],
+) -> dict[str, Choice]:
+    """What ``Exchange(plan)`` takes for each strategy, by name; for even ones without a plan."""
+    num_ranks = topology.num_ranks
+    num_experts = workload.num_experts(num_ranks)
+    even = workload.tokens_per_rank * workload.top_k / num_experts
+    even_PN = np.full((num_ranks, num_experts), even)
+    targets = {s.name: even_PN if s.kl is None else plans[s.kl].target_PN for s in strategies}
+    return {name: choose_exchange(topology, workload, x_PN) for name, x_PN in targets.items()}
+
+
 def predict_exchanges(part: Document) -> None:
     """Fill in what the cost model says of the counts that were reached, and of the targets.
+
+    It is about the flat exchange: what a hierarchical one moves does not follow from counts alone.
 
     A link's burst credit refills while nothing is sent. So each exchange starts with what one pause
     brings back: in training the ranks' computing, alone the agreement on counts.

@@ -3,6 +3,9 @@
 A *setting* is one emulated cluster with everything that was trained on it. The document's top level
 is the first setting; further ones are listed under ``settings`` with the same keys. Times are in
 seconds, losses in nats a byte. Keys are added over time and never renamed.
+
+A strategy's step and tokens per second are those with the exchange that ``auto`` takes for it
+(``auto_exchange``, ``auto_reason``); ``exchanges`` has them for the flat and the hierarchical one.
 """
 
 from __future__ import annotations
@@ -95,33 +98,47 @@ def time_to_loss(curve: Sequence[Mapping[str, float]], loss: float) -> float | N
     return before["time_s"] + part * (after["time_s"] - before["time_s"])
 
 
-# (key, measured, predicted): the exchange in training, and alone on idle links and cores.
-_RATIOS = (
-    ("training_over_predicted", "exchange_s", "predicted_exchange_s"),
-    ("alone_over_predicted", "exchange_alone_s", "predicted_alone_s"),
-)
+def flat_exchange_s(strategy: Mapping[str, Any]) -> float | None:
+    """The flat exchange's time in training, which predictions are for; older files have no other.
+
+    >>> flat_exchange_s({"exchange_s": 2.0})
+    2.0
+    >>> flat_exchange_s({"exchange_s": 2.0, "exchanges": {"flat": {"exchange_s": 3.0}}})
+    3.0
+    """
+    timed: Mapping[str, Any] = (strategy.get("exchanges") or {}).get("flat", strategy)
+    exchange_s: float | None = timed["exchange_s"]
+    return exchange_s
 
 
 def complete_setting(setting: Document) -> Document:
     """Fill in what follows from the measurements: speed-ups, the exchange's share and the bound.
 
-    The bound is what no exchange can beat: the even step over the step with the exchange removed,
-    1/(1 − f). It is left out until all strategies have done their equal steps: the median of a few
-    early steps can give a bound below the speed-ups that it should bound. A strategy that was not
-    measured yet keeps nulls.
+    The share f of any step is what it takes more than the even step with its exchange removed; the
+    setting's is that of the even step with the exchange that ``auto`` takes. The bound is what no
+    exchange can beat: that even step over the one without, 1/(1 − f). Both are left out until all
+    strategies have done their equal steps: the median of a few early steps can give a bound below
+    the speed-ups that it should bound. A strategy that was not measured yet keeps nulls.
     """
     even = even_strategy(setting)
     equal_steps = all(strategy["val_loss_own"] is not None for strategy in setting["strategies"])
     if equal_steps and even["step_s"] and setting.get("compute_step_s"):
-        share = max(0.0, 1 - setting["compute_step_s"] / even["step_s"])
+        share = _exchange_share(setting, even)
         setting["exchange_share"] = share
         setting["speedup_bound"] = 1 / (1 - share)
+        for strategy in setting["strategies"]:
+            for timed in (strategy.get("exchanges") or {}).values():
+                timed["exchange_share"] = _exchange_share(setting, timed)
     end = final_point(even)
     even_s = None if end is None else time_to_loss(even["curve"], end["val_loss"])
     for strategy in setting["strategies"]:
-        for ratio, measured, predicted in _RATIOS:
-            if strategy[measured] and strategy[predicted]:
-                strategy[ratio] = strategy[measured] / strategy[predicted]
+        # The flat exchange in training, and alone on idle links and cores.
+        for ratio, measured_s, predicted_s in (
+            ("training_over_predicted", flat_exchange_s(strategy), "predicted_exchange_s"),
+            ("alone_over_predicted", strategy["exchange_alone_s"], "predicted_alone_s"),
+        ):
+            if measured_s and strategy[predicted_s]:
+                strategy[ratio] = measured_s / strategy[predicted_s]
         if strategy["tokens_per_s"] and even["tokens_per_s"]:
             strategy["speedup_over_even"] = strategy["tokens_per_s"] / even["tokens_per_s"]
         if end is None or strategy["val_loss_own"] is None:
@@ -132,6 +149,11 @@ def complete_setting(setting: Document) -> Document:
             strategy["speedup_to_even_loss"] = even_s / reached_s
         strategy["val_loss_over_even"] = strategy["val_loss_own"] / even["val_loss_own"] - 1
     return setting
+
+
+def _exchange_share(setting: Document, timed: Mapping[str, Any]) -> float:
+    share: float = max(0.0, 1 - setting["compute_step_s"] / timed["step_s"])
+    return share
 
 
 def final_point(even: Mapping[str, Any]) -> Mapping[str, float] | None:
@@ -169,7 +191,9 @@ def empty_strategy(name: str, kind: str, kl: float | None, router: str) -> Docum
         "busiest_expert",
     )
     fixed = {"name": name, "kind": kind, "kl": kl, "router": router}
-    return {**fixed, **dict.fromkeys(numbers), "counts_PN": None, "target_PN": None, "curve": []}
+    chosen: Document = {"auto_exchange": None, "auto_reason": None, "exchanges": {}}
+    lists: Document = {"counts_PN": None, "target_PN": None, "curve": []}
+    return {**fixed, **chosen, **dict.fromkeys(numbers), **lists}
 
 
 def median_and_spread(values: Sequence[float]) -> tuple[float, float]:

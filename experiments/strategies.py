@@ -144,14 +144,11 @@ class PaddedMoE(MoE):
         return MoEOutput(hidden_TD.reshape(x.shape), routing.aux_loss, routing)
 
     def _padding(self, index_TK: torch.Tensor) -> torch.Tensor:
-        """Choices of rows of zeros, -1 at the end where they do not fill up."""
+        """Choices of rows of zeros: one each, so that no exchange sends two of them as one."""
         gate = self.gate
         assert isinstance(gate, GShardGate) and isinstance(gate.capacity, float)
         tokens, top_k = index_TK.shape
         capacity = even_capacity(tokens, self.num_experts, top_k=top_k, factor=gate.capacity)
         free_N = int(capacity) - expert_counts(index_TK, self.num_experts)
         expert_n = torch.repeat_interleave(torch.arange(self.num_experts), free_N)
-        rows = -(-len(expert_n) // top_k)
-        return torch.nn.functional.pad(expert_n, (0, rows * top_k - len(expert_n)), value=-1).view(
-            rows, top_k
-        )
+        return torch.nn.functional.pad(expert_n[:, None], (0, top_k - 1), value=-1)

@@ -1,8 +1,9 @@
 """What every rank of the demo runs: train all strategies in turns and measure each.
 
 Strategies take turns of a few steps, in an order that rotates, so that noise of the machine hits
-all alike. One more trainee has its exchange removed: it gives the step that is left, hence the
-exchange's share f and the bound 1/(1 − f).
+all alike. The steps of a turn take the flat and the hierarchical exchange by turns, which give the
+same bits: so one training times both. One more trainee has its exchange removed: it gives the step
+that is left, hence the exchange's share f and the bound 1/(1 − f).
 
 Rank 0 writes the results file after every round, so a run that is stopped keeps what it measured.
 """
@@ -32,19 +33,22 @@ from tamoe.experiments.text import load_text
 from tamoe.experiments.trainee import StepTimes, TrainConfig, Trainee
 from tamoe.progress import progress_line
 from tamoe.record import record_exchanges
+from tamoe.solver.choice import Choice
 from tamoe.solver.plan import Plan
 from tamoe.topology.graph import Topology
 
+KINDS = ("flat", "hierarchical")  # exchanges that are timed
 TURN_STEPS = 4  # of one strategy before the next one's turn
 CURVE_BATCHES = (0,)  # held-out batches of the points of a curve
 FINAL_BATCHES = (0, 1)  # and of the three losses at the end
 ROUNDS_TO_ESTIMATE = 3  # turns of every strategy before the number of steps is fixed
 ROUNDS_A_POINT = 2  # turns of every strategy between two points of the curves
 END_ROUNDS = 1.5  # what the measurements at the end take, in rounds
-SETTLE_STEPS = 16  # until a bias has reached its target; not timed, nor are learning rates warm
+SETTLE_STEPS = 16  # at most, and half of all, are not timed: biases are still on their way
 # At most, up to the next point of the curves, for what has not reached the even run's final loss.
 MORE_STEPS = 0.5
 ALONE_REPEATS = 3
+_Timed = tuple[str, StepTimes]  # a step, and the exchange that it took
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class Job:
     topology: Topology
     strategies: tuple[Strategy, ...]
     plans: dict[float, Plan]  # by kl
+    choices: dict[str, Choice]  # by strategy: what exchange="auto" takes, and why
     config: TrainConfig = field(default_factory=TrainConfig)
     text: Path | None = None
     steps: int | None = None  # None: as many as fit the budget
@@ -77,19 +82,23 @@ class _Run:
         self.began_s = time.perf_counter()
         self.rank, self.job = rank, job
         corpus = load_text(job.text)
-        flat, none = Exchange(job.topology), Exchange(job.topology, kind="none")
-        self.exchange = flat
+        self.exchanges: dict[str, Exchange] = {
+            "flat": Exchange(job.topology, kind="flat"),
+            "hierarchical": Exchange(job.topology, kind="hierarchical"),
+            "none": Exchange(job.topology, kind="none"),
+        }
+        self.nodes, self.num_ranks = job.topology.nodes, job.topology.num_ranks
 
-        def trainee(strategy: Strategy, exchange: Exchange) -> Trainee:
+        def trainee(strategy: Strategy, kind: str) -> Trainee:
             plan = None if strategy.kl is None else job.plans[strategy.kl]
-            return Trainee(strategy, job.config, corpus, exchange, plan)
+            return Trainee(strategy, job.config, corpus, self.exchanges[kind], plan)
 
-        self.trainees = [trainee(strategy, flat) for strategy in job.strategies]
-        self.compute = trainee(job.strategies[0], none)
-        self.times: dict[str, list[StepTimes]] = {t.strategy.name: [] for t in self.trainees}
-        self.compute_times: list[StepTimes] = []
+        self.trainees = [trainee(s, job.choices[s.name].kind) for s in job.strategies]
+        self.compute = trainee(job.strategies[0], "none")
+        self.times: dict[str, list[_Timed]] = {t.strategy.name: [] for t in self.trainees}
+        self.compute_times: list[_Timed] = []
         self.setting = job.setting
-        self.entries = [_entry(strategy, job.plans) for strategy in job.strategies]
+        self.entries = [_entry(strategy, job) for strategy in job.strategies]
         self.setting["strategies"] = self.entries
         self.show = progress_line(job.progress_name)
 
@@ -132,15 +141,17 @@ class _Run:
     def _round(self, number: int, steps: int) -> None:
         """A turn of every strategy, and one without exchange."""
         shift = number % len(self.trainees)
+        kinds = [KINDS[(number + step) % len(KINDS)] for step in range(steps)]
         for trainee in self.trainees[shift:] + self.trainees[:shift]:
-            self.times[trainee.strategy.name] += self._turn(trainee, steps)
-        self.compute_times += self._turn(self.compute, steps)
+            self.times[trainee.strategy.name] += self._turn(trainee, kinds)
+        self.compute_times += self._turn(self.compute, ["none"] * steps)
 
-    def _turn(self, trainee: Trainee, steps: int) -> list[StepTimes]:
-        """A few steps; the times are means over the ranks."""
+    def _turn(self, trainee: Trainee, kinds: Sequence[str]) -> list[_Timed]:
+        """A step with each of these exchanges; the times are means over the ranks."""
         dist.barrier()
-        times = torch.tensor([trainee.train_step() for _ in range(steps)])
-        return [StepTimes(*row) for row in trainee.mean_of_ranks(times).tolist()]
+        times = torch.tensor([trainee.train_step(self.exchanges[kind]) for kind in kinds])
+        rows = trainee.mean_of_ranks(times).tolist()
+        return [(kind, StepTimes(*row)) for kind, row in zip(kinds, rows, strict=True)]
 
     def _rounds_in_budget(self, done: int, round_s: float) -> int:
         """How many rounds there will be in all, by rank 0's clock."""
@@ -168,7 +179,7 @@ class _Run:
             own = trainee.validate(FINAL_BATCHES)
             entry["val_loss_own"] = entry["val_loss_foreign"] = entry["val_loss_no_bias"] = own
             steered = trainee.strategy.kl is not None
-            if steered or len({len(ranks) for ranks in self.exchange.nodes}) > 1:
+            if steered or len({len(ranks) for ranks in self.nodes}) > 1:
                 # Else ranks route alike, and alike nodes only swap what they validate on.
                 entry["val_loss_foreign"] = trainee.validate(FINAL_BATCHES, foreign=True)
             if steered:
@@ -176,7 +187,7 @@ class _Run:
             self._progress("validated", number + 1, len(self.entries), None)
 
     def _measure_alone(self) -> None:
-        """The exchange with the counts that were reached and nothing else running."""
+        """The flat exchange with the counts that were reached and nothing else running."""
         for trainee, entry in zip(self.trainees, self.entries, strict=True):
             self._measure_alone_of(trainee, entry)
 
@@ -201,8 +212,8 @@ class _Run:
         entry["alone_pause_s"] = float(mean_pause_s) / 2  # before each of the two ways
 
     def _there_and_back(self, x_TD: torch.Tensor, index_T1: torch.Tensor, num: int) -> None:
-        row_RD, handle = self.exchange.dispatch(x_TD, index_T1, num_experts=num)
-        self.exchange.combine(row_RD, handle)
+        row_RD, handle = self.exchanges["flat"].dispatch(x_TD, index_T1, num_experts=num)
+        self.exchanges["flat"].combine(row_RD, handle)
 
     def _reach_even_loss(self) -> None:
         """Train on, in turns as before, those that have not reached the even run's final loss."""
@@ -217,7 +228,7 @@ class _Run:
         while (left := behind()) and left[0][0].steps < limit:
             for _ in range(ROUNDS_A_POINT):
                 for trainee, _entry_of in left:
-                    self._turn(trainee, TURN_STEPS)
+                    self._turn(trainee, [trainee.exchange.kind] * TURN_STEPS)
             for trainee, entry in left:
                 self._measure_point(trainee, entry)
             self._progress("to even's loss, step", left[0][0].steps, limit, None)
@@ -231,7 +242,7 @@ class _Run:
                 self._fill(entry, self._settled(self.times[entry["name"]]), counts_PN)
             dropped = trainee.mean_of_ranks(torch.tensor(trainee.dropped_share))
             entry["dropped_share"] = float(dropped)
-        step_s, _ = median_and_spread([t.step_s for t in self._settled(self.compute_times)])
+        step_s, _ = median_and_spread([t.step_s for _, t in self._settled(self.compute_times)])
         self.setting["compute_step_s"] = step_s
         self._write()
 
@@ -240,23 +251,29 @@ class _Run:
             document = assemble([*self.job.before, self.setting], self.job.about)
             save_results(self.job.results_path, document)
 
-    def _settled(self, times: list[StepTimes]) -> list[StepTimes]:
-        """The steps that count: after settling, and at least those of the last turn."""
-        return times[max(0, min(SETTLE_STEPS, len(times) - TURN_STEPS)) :]
+    def _settled(self, times: list[_Timed]) -> list[_Timed]:
+        """The steps that count: after settling, and at least the later half."""
+        return times[min(SETTLE_STEPS, len(times) // 2) :]
 
-    def _fill(self, entry: Document, times: Sequence[StepTimes], counts_PN: torch.Tensor) -> None:
+    def _fill(self, entry: Document, times: Sequence[_Timed], counts_PN: torch.Tensor) -> None:
         entry["counts_PN"] = counts_PN.tolist()
-        entry["remote_share"] = _remote_share(counts_PN, self.exchange.nodes)
+        entry["remote_share"] = _remote_share(counts_PN, self.nodes)
         load_N = counts_PN.sum(0)
         entry["busiest_expert"] = float(load_N.max() / load_N.mean().clamp_min(1e-9))
-        entry["step_s"], entry["step_spread_s"] = median_and_spread([t.step_s for t in times])
+        for kind in KINDS:
+            entry["exchanges"][kind] = self._medians([t for used, t in times if used == kind])
+        entry.update(entry["exchanges"][entry["auto_exchange"]])
+
+    def _medians(self, times: Sequence[StepTimes]) -> Document:
+        step_s, spread_s = median_and_spread([t.step_s for t in times])
+        tokens = self.job.config.tokens_per_rank * self.num_ranks
+        found = {"step_s": step_s, "step_spread_s": spread_s, "tokens_per_s": tokens / step_s}
         for key in ("exchange_s", "counts_s", "allreduce_s"):
-            entry[key], _ = median_and_spread([getattr(t, key) for t in times])
-        tokens = self.job.config.tokens_per_rank * self.exchange.num_ranks
-        entry["tokens_per_s"] = tokens / entry["step_s"]
+            found[key], _ = median_and_spread([getattr(t, key) for t in times])
+        return found
 
     def _gather(self, counts_N: torch.Tensor) -> torch.Tensor:
-        rows = [torch.zeros_like(counts_N) for _ in range(self.exchange.num_ranks)]
+        rows = [torch.zeros_like(counts_N) for _ in range(self.num_ranks)]
         dist.all_gather(rows, counts_N)
         return torch.stack(rows)
 
@@ -265,10 +282,12 @@ class _Run:
             self.show(phase, done, total, left_s)
 
 
-def _entry(strategy: Strategy, plans: dict[float, Plan]) -> Document:
+def _entry(strategy: Strategy, job: Job) -> Document:
     entry = empty_strategy(strategy.name, strategy.kind, strategy.kl, strategy.router)
+    choice = job.choices[strategy.name]
+    entry["auto_exchange"], entry["auto_reason"] = choice.kind, choice.reason
     if strategy.kl is not None:
-        entry["target_PN"] = plans[strategy.kl].target_PN.tolist()
+        entry["target_PN"] = job.plans[strategy.kl].target_PN.tolist()
     return entry
 
 

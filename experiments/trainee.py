@@ -17,6 +17,7 @@ from tamoe.experiments.strategies import Strategy, make_gate, make_layer
 from tamoe.experiments.text import Corpus, train_batch, validation_batch
 from tamoe.gates import Gate, steering
 from tamoe.groups import group_size
+from tamoe.moe import MoE
 from tamoe.parallel import DenseGradients
 from tamoe.plan_module import PlanRows
 from tamoe.record import record_exchanges
@@ -95,7 +96,7 @@ class Trainee:
     corpus
         What it reads.
     exchange
-        Also gives rank and nodes.
+        What it trains with; also gives rank and nodes.
     plan
         Of the strategy's ``kl``; None where it has none.
     """
@@ -110,7 +111,7 @@ class Trainee:
     ) -> None:
         self.strategy, self.config, self.corpus = strategy, config, corpus
         self.rank, self.num_ranks = exchange.rank, exchange.num_ranks
-        self.nodes, self.group = exchange.nodes, exchange.group
+        self.nodes, self.group, self.exchange = exchange.nodes, exchange.group, exchange
         num_experts = config.experts_per_rank * self.num_ranks
 
         def make_moe(_: int) -> torch.nn.Module:
@@ -129,10 +130,11 @@ class Trainee:
         first_expert = self.rank * config.experts_per_rank
         initialise(self.model, seed=config.seed, first_expert=first_expert)
         self.gates = [part for part in self.model.modules() if isinstance(part, Gate)]
+        self.layers = [part for part in self.model.modules() if isinstance(part, MoE)]
         self.optimizer = self._make_optimizer()
         self.dense = DenseGradients(self.model, nodes=exchange.nodes, group=exchange.group)
-        self.seconds = 0.0  # of training so far
         self.steps = 0
+        self._own_s, self._own_steps = 0.0, 0  # of the steps with its own exchange
         self.counts_N = torch.zeros(num_experts)  # of the latest steps, mean of the layers
         self.dropped_share = 0.0  # of the latest steps, like the counts
 
@@ -150,8 +152,39 @@ class Trainee:
         ]
         return torch.optim.AdamW(groups, lr=self.config.learning_rate, betas=(0.9, 0.95))
 
-    def train_step(self) -> StepTimes:
-        """One step on this rank's next batch."""
+    @property
+    def seconds(self) -> float:
+        """Of training so far, had all steps used its own exchange: others count as their mean."""
+        return self._own_s * self.steps / max(self._own_steps, 1)
+
+    def train_step(self, exchange: Exchange | None = None) -> StepTimes:
+        """One step on this rank's next batch.
+
+        Parameters
+        ----------
+        exchange
+            What moves the rows of this step; None: the trainee's own. All exchanges that move rows
+            give the same bits, so training does not depend on it.
+        """
+        with self._exchanging_by(exchange or self.exchange):
+            times = self._train_step()
+        self.steps += 1
+        if exchange in (None, self.exchange):
+            self._own_s += times.step_s
+            self._own_steps += 1
+        return times
+
+    @contextmanager
+    def _exchanging_by(self, exchange: Exchange) -> Iterator[None]:
+        for layer in self.layers:
+            layer.exchange = exchange
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                layer.exchange = self.exchange
+
+    def _train_step(self) -> StepTimes:
         config = self.config
         tokens = train_batch(
             self.corpus,
@@ -172,13 +205,12 @@ class Trainee:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         step_s = time.perf_counter() - began_s
-        self.seconds += step_s
-        self.steps += 1
+        first = self.steps == 0
         counts_N = torch.tensor(record.sent_counts_N, dtype=torch.float32).mean(0)
-        self.counts_N = counts_N if self.steps == 1 else self.counts_N.lerp(counts_N, 0.25)
+        self.counts_N = counts_N if first else self.counts_N.lerp(counts_N, 0.25)
         dropped = _dropped_share(out)
         kept = self.dropped_share
-        self.dropped_share = dropped if self.steps == 1 else kept + 0.25 * (dropped - kept)
+        self.dropped_share = dropped if first else kept + 0.25 * (dropped - kept)
         counts_s = record.phase_s("counts")
         return StepTimes(step_s, record.exchange_s - counts_s, counts_s, allreduce.allreduce_s)
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tamoe.report_exchanges import exchanges_section
 from tamoe.topology.errors import InputError
 from tamoe.topology.units import format_time
 
@@ -18,6 +19,8 @@ _NAMES = {
     "steep": "“Steep”: links so slow that the exchange takes most of the even step.",
     "published share": "“Published share”: links at which the exchange takes about the part of "
     "the even step that was published for real clusters (up to 67 %).",
+    "top-8": "“Top-8”: eight experts a token on two nodes. A token's experts share nodes, which is "
+    "where the hierarchical exchange pays. A short run, for its times.",
     "your cluster": "“Your cluster”: the one that --cluster named.",
 }
 
@@ -96,6 +99,7 @@ def _section(setting: Setting, figures: Sequence[Mapping[str, str]]) -> str:
         f"{_table(setting['strategies'])}\n"
         f"{_dashes(setting)}{_over_predicted(setting)}"
         f'<p class="verdict">{html.escape(verdict(setting))}</p>\n'
+        f"{exchanges_section(setting['strategies'])}"
         + "\n".join(_figure(figure) for figure in shown)
         + "</section>"
     )
@@ -146,9 +150,11 @@ def _setting_text(setting: Setting) -> str:
             f"{setting['steps']} steps a strategy."
         )
     if setting.get("exchange_share") is not None:
+        even: Setting = next((s for s in setting["strategies"] if s["name"].startswith("even")), {})
+        kind = even.get("auto_exchange") or "flat"
         parts.append(
-            f"The exchange takes f = {setting['exchange_share']:.2f} of the even step, so no "
-            f"exchange can gain more than 1/(1 − f) = {setting['speedup_bound']:.2f}×."
+            f"The {kind} exchange takes f = {setting['exchange_share']:.2f} of the even step, so "
+            f"no exchange can gain more than 1/(1 − f) = {setting['speedup_bound']:.2f}×."
         )
     return " ".join(parts)
 
@@ -172,7 +178,8 @@ def _table(strategies: Sequence[Mapping[str, Any]]) -> str:
 
 # (heading, key, format, what it means)
 _COLUMNS: tuple[tuple[str, str, str, str], ...] = (
-    ("tokens/s", "tokens_per_s", "{:,.0f}", "all ranks together, emulated"),
+    ("tokens/s", "tokens_per_s", "{:,.0f}", "all ranks together, with the exchange that auto "
+     "takes, emulated"),
     ("over even", "speedup_over_even", "{:.2f}×", "tokens per second over the even strategy"),
     ("to even’s loss", "speedup_to_even_loss", "{:.2f}×", "time of the even run over the time to "
      "its final validation loss; contains the cost in quality"),
@@ -184,10 +191,10 @@ _COLUMNS: tuple[tuple[str, str, str, str], ...] = (
     ("dropped", "dropped_share", "{:.1%}", "share of the gate's choices that capacity dropped"),
     ("step", "step_s", "time", "median, emulated"),
     ("exchange", "exchange_s", "time", "a step, measured in training, emulated"),
-    ("over predicted", "training_over_predicted", "{:.2f}", "exchange in training over the cost "
-     "model's time for its counts; ranks share cores and wait for each other"),
-    ("alone over predicted", "alone_over_predicted", "{:.2f}", "the same counts exchanged with "
-     "nothing else running, over the cost model's time for that"),
+    ("over predicted", "training_over_predicted", "{:.2f}", "the flat exchange in training over "
+     "the cost model's time for its counts; ranks share cores and wait for each other"),
+    ("alone over predicted", "alone_over_predicted", "{:.2f}", "the same counts exchanged flat "
+     "with nothing else running, over the cost model's time for that"),
     ("gradients", "allreduce_s", "time", "averaging of dense gradients, a step, emulated"),
 )  # fmt: skip
 
@@ -297,7 +304,12 @@ initial weights, strategies in turns.</p>
 cost model.</li>
 <li><b>f</b> is the exchange's share of the even step, from the same step with its exchange removed:
 no rows move, counts are not agreed on and experts are evenly loaded. No way to exchange can gain
-more than 1/(1 − f).</li>
+more than 1/(1 − f). The f of any other strategy or exchange is its step's against that same step
+without exchange.</li>
+<li><b>flat</b> sends every row straight to its expert; <b>hierarchical</b> sends a token once over
+the link of each node and copies it there. Results are equal to the last bit, so the steps of one
+training take both in turns. <b>auto</b> takes the one that the cost model says is faster for the
+plan; all other numbers of a strategy are those of the exchange that auto takes.</li>
 <li><b>to even’s loss</b> is the honest speed-up: training time until the validation loss stays at
 or below the one that the even run ended with.</li>
 <li>Every rank trains on windows from the whole text. <b>own</b>: each rank routes its own stretch
@@ -305,8 +317,9 @@ of held-out text; <b>foreign</b>: the stretch of the next node's ranks. <b>unste
 is zero; where each rank has a gate of its own, the mean of all gates routes.</li>
 <li><b>dropped</b>: share of the gate's choices that were over an expert's capacity and got no
 expert.</li>
-<li><b>over predicted</b>: the exchange in training over the cost model's time for the same counts;
-1 is a perfect prediction. <b>alone over predicted</b>: the same with nothing else running.</li>
+<li><b>over predicted</b>: the flat exchange in training over the cost model's time for the same
+counts; 1 is a perfect prediction. <b>alone over predicted</b>: the same with nothing else
+running.</li>
 <li><b>gradients</b>: the part of a step that averages the gradients of what is not an expert.</li>
 <li>A few minutes of training show speed, not final quality. A longer run with several seeds shows
 quality: <code>python -m tamoe.experiments.quality -o quality.json</code> makes one; the
@@ -331,12 +344,16 @@ p,ul{max-width:46rem}.lead{font-size:1.05rem;color:var(--soft)}
 .notice{border-left:4px solid #d55e00;padding-left:1rem}
 .scroll{overflow-x:auto;max-width:100%;margin:.25rem 0 1rem;border:1px solid var(--line);
 border-radius:6px;background:var(--card)}
-.scroll th:first-child{position:sticky;left:0;background:var(--card)}
+.scroll tbody th,.scroll thead tr:first-child th:first-child{position:sticky;left:0;
+background:var(--card)}
 table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums;
 width:100%;min-width:68rem}
 th,td{padding:.45rem .4rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 thead th{color:var(--soft);font-weight:500;white-space:normal;vertical-align:bottom;line-height:1.2}
-th:first-child{text-align:left}
+thead tr:first-child th:first-child,tbody th{text-align:left}
+h3{font-size:1.05rem;margin:1.5rem 0 .4rem}
+.exchanges{min-width:56rem}.exchanges [colspan]{text-align:center}
+td.why,th.why{text-align:left;white-space:normal;min-width:20rem}
 figure{margin:1.75rem 0}figure img{width:100%;height:auto;background:#fff;border-radius:6px;
 border:1px solid var(--line);box-sizing:border-box;padding:.5rem}
 figcaption{color:var(--soft);font-size:.9rem;max-width:46rem;margin-top:.4rem}

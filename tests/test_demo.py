@@ -5,17 +5,28 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from tamoe.exchange import Exchange
+from tamoe.experiments import demo
 from tamoe.experiments.demo import run_demo
-from tamoe.experiments.predict import predict_exchanges, step_exchange_s, with_credit_of
+from tamoe.experiments.predict import (
+    choose_exchanges,
+    predict_exchanges,
+    step_exchange_s,
+    with_credit_of,
+)
 from tamoe.experiments.results import Document, all_settings, complete_setting, load_results
 from tamoe.experiments.strategies import default_strategies
-from tamoe.experiments.train import Job, train_rank
-from tamoe.experiments.trainee import TrainConfig
-from tamoe.solver import Workload, solve
+from tamoe.experiments.text import load_text
+from tamoe.experiments.train import Job, _Run, train_rank
+from tamoe.experiments.trainee import TrainConfig, Trainee
+from tamoe.solver import Plan, Workload, solve
+from tamoe.solver.choice import Choice
 from tamoe.topology.errors import InputError, StoppedError
 from tamoe.topology.graph import Link, Topology
 from tamoe.topology.ranks import run_ranks
@@ -95,32 +106,68 @@ def test_a_demo_that_is_stopped_early_says_what_there_is(
     assert (tmp_path / "demo" / "your-cluster" / "topology.json").exists() == (probed is None)
 
 
+def test_the_settings_share_the_time_and_no_more() -> None:
+    spent_s = 30.0
+    for number, recipe in enumerate(demo.DEFAULT):
+        budget_s = demo._budget_s(spent_s, recipe, demo.DEFAULT[number + 1 :])
+        assert budget_s > 15
+        spent_s += budget_s + demo._NEXT_S
+    assert spent_s == pytest.approx(demo.TOTAL_S - demo._REPORT_S + demo._NEXT_S)
+    assert demo.TOTAL_S <= 360
+
+
+def test_the_last_setting_is_one_where_the_hierarchical_exchange_pays() -> None:
+    gains = {}
+    for recipe in demo.DEFAULT:
+        topology = with_credit_of(ClusterSpec.parse(recipe.cluster).topology(), 0.0)
+        workload = recipe.config(0).workload
+        plans = {kl: solve(topology, workload, method="entropic", kl=kl) for kl in recipe.kls}
+        choices = choose_exchanges(topology, workload, recipe.strategies(), plans)
+        gains[recipe.name] = {k: c.flat_s / c.hierarchical_s for k, c in choices.items()}
+    even, gentle, strong = gains["top-8"].values()
+    assert even > 3 and gentle > 1.2 and strong < 1.1
+    for name in ("steep", "published share"):
+        assert len(gains[name]) == 5 and max(gains[name].values()) < 1.2
+
+
 # ---- training on real ranks -------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Document, Path]:
+RELAYED = "bias kl=0.5"  # trains with the hierarchical exchange, the others with the flat one
+
+
+def _job(path: Path) -> Job:
     """Two plain ranks, each its own node, a small model, a few steps."""
-    path = tmp_path_factory.mktemp("demo") / "results.json"
     topology = Topology.from_tree("2x1", bandwidth_bytes_per_s=(1e9, 1e7))
     config = TrainConfig(
         hidden_size=32, intermediate_size=32, sequences=4, sequence_length=32, learning_rate=1e-2
     )
     workload = Workload(config.tokens_per_rank, 2, 32, 4, config.experts_per_rank)
     plans = {kl: solve(topology, workload, method="entropic", kl=kl) for kl in (0.5, 0.3)}
+    strategies = default_strategies()
+    choices = {
+        s.name: Choice("hierarchical" if s.name == RELAYED else "flat", f"given {s.name}", 0.0, 0.0)
+        for s in strategies
+    }
     setting = {"setting": "test", "cluster": "2x1", "nodes": [[0], [1]], "complete": False}
-    job = Job(
+    return Job(
         setting=setting,
         before=(example_setting(),),
         about={"command": "test"},
         results_path=path,
         topology=topology,
-        strategies=default_strategies(),
+        strategies=strategies,
         plans=plans,
+        choices=choices,
         config=config,
         steps=28,
     )
-    return run_ranks(2, train_rank, job, timeout_s=240)[0], path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Document, Path]:
+    path = tmp_path_factory.mktemp("demo") / "results.json"
+    return run_ranks(2, train_rank, _job(path), timeout_s=240)[0], path
 
 
 @pytest.mark.ranks
@@ -190,6 +237,83 @@ def test_times_fit_together(trained: tuple[Document, Path]) -> None:
         assert strategy["tokens_per_s"] == pytest.approx(256 / strategy["step_s"])
 
 
+@pytest.mark.ranks
+def test_every_strategy_is_timed_with_both_exchanges(trained: tuple[Document, Path]) -> None:
+    setting = complete_setting(trained[0])
+    for strategy in setting["strategies"]:
+        auto = "hierarchical" if strategy["name"] == RELAYED else "flat"
+        assert strategy["auto_exchange"] == auto
+        assert strategy["auto_reason"] == f"given {strategy['name']}"
+        assert strategy["exchanges"].keys() == {"flat", "hierarchical"}
+        flat, relayed = strategy["exchanges"].values()
+        assert flat["step_s"] != relayed["step_s"]
+        for timed in (flat, relayed):
+            assert 0 < timed["exchange_s"] < timed["step_s"]
+            assert timed["tokens_per_s"] == pytest.approx(256 / timed["step_s"])
+            share = max(0.0, 1 - setting["compute_step_s"] / timed["step_s"])
+            assert timed["exchange_share"] == pytest.approx(share)
+        assert strategy["step_s"] == strategy["exchanges"][auto]["step_s"]
+        assert strategy["exchange_s"] == strategy["exchanges"][auto]["exchange_s"]
+
+
+def _one_turn(rank: int, job: Job) -> tuple[list[str], list[str]]:
+    """The exchanges that dispatched in a turn, and those that its times are booked on."""
+    run, used = _Run(rank, job), []
+    for kind, exchange in run.exchanges.items():
+
+        def noted(*args: Any, kind: str = kind, real: Any = exchange.dispatch, **more: Any) -> Any:
+            used.append(kind)
+            return real(*args, **more)
+
+        exchange.dispatch = noted  # type: ignore[method-assign]
+    times = run._turn(run.trainees[0], ["hierarchical", "flat", "hierarchical"])
+    return used, [kind for kind, _ in times]
+
+
+@pytest.mark.ranks
+def test_times_are_booked_on_the_exchange_that_ran(tmp_path: Path) -> None:
+    for used, booked in run_ranks(2, _one_turn, _job(tmp_path / "results.json"), timeout_s=120):
+        assert used[:: TrainConfig.num_blocks] == booked == ["hierarchical", "flat", "hierarchical"]
+
+
+SMALL = TrainConfig(
+    hidden_size=32, intermediate_size=32, sequences=2, sequence_length=32, learning_rate=1e-2
+)
+
+
+def _alternating(rank: int, plan: Plan) -> tuple[str, str, bool, bool, float]:
+    """Train with one exchange and with both in turns; also what auto takes of the plan."""
+    strategy, corpus = default_strategies()[-1], load_text()
+    flat, relayed = (Exchange(plan.topology, kind=kind) for kind in ("flat", "hierarchical"))
+    alone = Trainee(strategy, SMALL, corpus, flat, plan)
+    mixed = Trainee(strategy, SMALL, corpus, flat, plan)
+    own_s, restored = 0.0, True
+    for step in range(4):
+        alone.train_step()
+        times = mixed.train_step(relayed if step % 2 else flat)
+        own_s += 0.0 if step % 2 else times.step_s
+        restored &= all(layer.exchange is flat for layer in mixed.layers)
+    pairs = zip(alone.model.state_dict().values(), mixed.model.state_dict().values(), strict=True)
+    same = all(torch.equal(a, b) for a, b in pairs)
+    auto = Exchange(plan)
+    return auto.kind, auto.reason, same, restored, mixed.seconds / (2 * own_s)
+
+
+@pytest.mark.ranks
+def test_training_does_not_depend_on_the_exchange_and_auto_is_that_of_the_plan() -> None:
+    topology = Topology.from_tree("2x2", bandwidth_bytes_per_s=(1e9, 1e7))
+    strategies = default_strategies()
+    kls = {s.kl for s in strategies if s.kl is not None}
+    plans = {kl: solve(topology, SMALL.workload, method="entropic", kl=kl) for kl in kls}
+    choice = choose_exchanges(topology, SMALL.workload, strategies, plans)["bias kl=0.3"]
+    for kind, reason, same, restored, seconds in run_ranks(
+        4, _alternating, plans[0.3], timeout_s=200
+    ):
+        assert (kind, reason) == (choice.kind, choice.reason)
+        assert same and restored
+        assert seconds == pytest.approx(1.0)  # over twice the time of the flat half
+
+
 # ---- predictions ------------------------------------------------------------------------------
 
 
@@ -242,10 +366,11 @@ def test_the_chain_runs_from_links_to_page(
     assert written["cluster"] == "2x2:100mbit" and written["steps"] == 12
     assert set(written["workload"]) >= {"tokens_per_rank", "top_k", "hidden_size", "num_experts"}
     assert (tmp_path / "report.html").stat().st_size < 5_000_000
-    assert len(list((tmp_path / "figures").glob("*.svg"))) == 6
+    assert len(list((tmp_path / "figures").glob("*.svg"))) == 7
     even, *_, strong = written["strategies"]
     assert strong["remote_share"] < even["remote_share"]
     assert strong["step_s"] < even["step_s"]
     out, err = capfd.readouterr()
+    assert out.count("auto takes") == 5
     assert "emulated" in out and "report.html" in out
     assert "Traceback" not in err and "s left" in err

@@ -133,6 +133,8 @@ def test_padding_fills_every_capacity_and_changes_no_result() -> None:
     assert record.sent_counts_N == [[capacity] * 4]
     dropped = 37 * 2 - expert_counts(out.routing.expert_index_TK, 4).sum()
     assert dropped > 0  # or the test would not see that padding takes no token's place
+    kept_TK = padded._padding(out.routing.expert_index_TK) >= 0
+    assert kept_TK.sum(1).eq(1).all()  # a hierarchical exchange would send two for one node as one
 
 
 def test_every_strategy_trains_and_lowers_its_loss() -> None:

@@ -10,14 +10,17 @@ from pathlib import Path
 
 import pytest
 
+from tamoe.experiments.demo_table import tables
+from tamoe.experiments.exchanges_figure import exchanges_figure
 from tamoe.experiments.figures import draw_all
 from tamoe.experiments.results import Document, complete_setting, empty_strategy, time_to_loss
 from tamoe.report import MAX_REPORT_BYTES, render_report, verdict, write_report
+from tamoe.report_exchanges import exchanges_section, exchanges_verdict
 from tamoe.topology.errors import InputError
 
 from .results_examples import STRATEGIES, example_setting
 
-FIGURES = {"links", "dispatch", "throughput", "exchange", "loss", "quality"}
+FIGURES = {"links", "dispatch", "throughput", "exchanges", "exchange", "loss", "quality"}
 VOID = {"meta", "img", "br"}
 
 
@@ -174,8 +177,102 @@ def test_one_word_for_foreign_text(figures: list[dict[str, str]]) -> None:
 def test_names_cannot_inject_markup() -> None:
     setting = example_setting()
     setting["strategies"][1]["name"] = "<script>alert(1)</script>"
+    setting["strategies"][1]["auto_reason"] = "<script>alert(2)</script>"
     page = render_report(setting, [])
-    assert "<script" not in page
+    assert page.count("&lt;script&gt;alert(2)") == 1 and "<script" not in page
+
+
+# ---- flat beside hierarchical -----------------------------------------------------------------
+
+
+def test_both_exchanges_stand_side_by_side() -> None:
+    setting = example_setting()
+    section = exchanges_section(setting["strategies"])
+    assert section in render_report(setting, [])
+    _parsed(section)
+    for strategy in setting["strategies"]:
+        row = next(r for r in section.split("<tr>") if f">{strategy['name']}<" in r)
+        flat, relayed = (strategy["exchanges"][kind] for kind in ("flat", "hierarchical"))
+        numbers = re.findall(r"<td>([\d.,]+)×?</td>", row)
+        assert numbers == [
+            f"{flat['tokens_per_s']:,.0f}",
+            f"{1 - 0.15 / flat['step_s']:.2f}",
+            f"{relayed['tokens_per_s']:,.0f}",
+            f"{1 - 0.15 / relayed['step_s']:.2f}",
+            f"{flat['step_s'] / relayed['step_s']:.2f}",
+        ]
+        assert f"<td>{strategy['auto_exchange']}</td>" in row and strategy["auto_reason"] in row
+
+
+def test_a_wrong_choice_of_auto_is_said() -> None:
+    timed = example_setting()["strategies"]
+    assert exchanges_verdict(timed) == (
+        "Hierarchical trains 0.82 to 1.33 times the tokens a second of flat (emulated). auto takes "
+        "the faster of the two, or one within 5%, for 4 of 5 strategies; not for “even” "
+        "(hierarchical is 1.33 times as fast)."
+    )
+    timed[0]["auto_exchange"], timed[4]["auto_exchange"] = "hierarchical", "hierarchical"
+    assert exchanges_verdict(timed).endswith(
+        "for 4 of 5 strategies; not for “bias kl=0.3” (flat is 1.22 times as fast)."
+    )
+    assert "flat is" not in exchanges_verdict(timed[:2])
+
+
+def test_a_file_from_before_both_exchanges_still_gives_page_and_figures(tmp_path: Path) -> None:
+    setting = example_setting()
+    for strategy in setting["strategies"]:
+        for key in ("exchanges", "auto_exchange", "auto_reason"):
+            del strategy[key]
+    complete_setting(setting)
+    assert setting["strategies"][0]["training_over_predicted"] == pytest.approx(1 / 0.9)
+    assert {f["name"] for f in draw_all(setting, tmp_path)} == FIGURES - {"exchanges"}
+    page = render_report(setting, [])
+    assert "<h3>Flat beside hierarchical" not in page
+    assert "The flat exchange takes f =" in page
+
+
+def test_a_run_that_ended_early_has_both_speeds_and_no_shares() -> None:
+    setting = example_setting()
+    for strategy in setting["strategies"]:
+        for timed in strategy["exchanges"].values():
+            del timed["exchange_share"]
+    assert exchanges_section(setting["strategies"]).count("<td>–</td>") == 10
+    speeds, *shares = exchanges_figure(setting, setting["strategies"]).axes
+    assert not shares and len(speeds.patches) == 10
+
+
+def test_the_figure_has_the_numbers_and_marks_what_auto_takes() -> None:
+    setting = example_setting()
+    speeds, shares = exchanges_figure(setting, setting["strategies"]).axes
+    for axes, key, scale in ((speeds, "tokens_per_s", 1e-3), (shares, "exchange_share", 1.0)):
+        drawn = [patch.get_width() for patch in axes.patches]
+        kinds = ("flat", "hierarchical")
+        assert drawn == [
+            scale * s["exchanges"][k][key] for k in kinds for s in setting["strategies"]
+        ]
+    texts = [text.get_text() for text in speeds.texts]
+    assert [text.endswith("auto") for text in texts] == [
+        strategy["auto_exchange"] == kind
+        for kind in ("flat", "hierarchical")
+        for strategy in setting["strategies"]
+    ]
+
+
+def test_the_tables_of_the_log_have_a_row_for_each_complete_strategy(document: Document) -> None:
+    unfinished = {**example_setting("top-8", "2x4:200mbit"), "exchange_share": None}
+    text = tables({**document, "settings": [*document["settings"], unfinished]})
+    assert "2x4" not in text
+    for cluster in ("4x2:50mbit", "4x2:160mbit"):
+        assert f"| {cluster} | even | flat | 6,827, 0.88 | 9,102, 0.83 |" in text
+        assert f"| {cluster} | 0.88, 8.0x | bias kl=0.3 | 5.45x | 0.95 |" in text
+    assert text.count("\n| ") == 2 * (2 * len(STRATEGIES)) + 1
+
+
+def test_the_flat_exchange_is_what_predictions_are_compared_with() -> None:
+    strategy = example_setting()["strategies"][1]
+    assert strategy["auto_exchange"] == "hierarchical"
+    assert strategy["exchange_s"] == pytest.approx(0.75)
+    assert strategy["training_over_predicted"] == pytest.approx(1 / 0.9)
 
 
 def test_a_page_that_would_be_too_large_is_refused(tmp_path: Path) -> None:
