@@ -25,6 +25,7 @@ import torch
 from tamoe.experiments.peers_entry import Clock, Entry, Load, scale_rows
 from tamoe.flat import plan_flat
 from tamoe.handle import sort_keys
+from tamoe.placement import contiguous
 from tamoe.record import Phase, record_exchanges
 from tamoe.schedules import Mover
 from tamoe.shares import count_keys
@@ -142,7 +143,7 @@ class MpiMover(Mover):
         """Send rows to every rank; received rows are in order of rank."""
         width = row_nD.shape[1]
         received_RD = row_nD.new_empty(sum(receive_splits), width)
-        with self.recorded(phase, row_nD, [send_splits]):
+        with self.recorded(phase, row_nD, lambda: [send_splits]):
             self.comm.Alltoallv(
                 [row_nD.contiguous().numpy(), [rows * width for rows in send_splits]],
                 [received_RD.numpy(), [rows * width for rows in receive_splits]],
@@ -163,7 +164,7 @@ def _run_mpi(load: Load, mover: MpiMover) -> Callable[[Clock], torch.Tensor]:
 
     def run(clock: Clock) -> torch.Tensor:
         with record_exchanges() as record:
-            key, _ = sort_keys(load.index_TK, load.num_experts)
+            key, _ = sort_keys(load.index_TK, contiguous(load.num_experts, load.topology.num_ranks))
             sent_PE = count_keys(key, load.num_experts).view(-1, load.experts_per_rank)
             received_PE = torch.empty_like(sent_PE)
             mover.comm.Alltoall(sent_PE.numpy(), received_PE.numpy())

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from tamoe.ops import copy_rows_
 from tamoe.pipeline import run_in_turns
 from tamoe.precision import dot, weigh
 from tamoe.record import Phase
@@ -66,7 +67,7 @@ class Part:
         for begin, rows in self.mover.inside(
             copy_mD, hop.copy_m, hop.send_splits, hop.receive_splits, self.hops.most_rows, phase
         ):
-            row_RD.index_copy_(0, self.place_R[begin : begin + len(rows)], rows)
+            copy_rows_(row_RD, rows, None, self.place_R[begin : begin + len(rows)])
 
     def _planned(self, wait: Waiting) -> Waiting:
         """Plan the other hops while rows of the first one are under way."""
@@ -109,7 +110,7 @@ class Part:
                 yield None
                 yield transfer.start(turn)
             sum_mD = add_stage(torch.cat([sum_mD[:left], transfer.received_RD]), stage)
-        out_TD[self.share.tokens].index_copy_(0, self.hops.token_m, sum_mD)
+        copy_rows_(out_TD[self.share.tokens], sum_mD, None, self.hops.token_m)
 
 
 @dataclass(frozen=True, eq=False)
