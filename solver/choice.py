@@ -8,49 +8,50 @@ Shape suffixes: P ranks, N experts of a group, M nodes, S sampled tokens, K choi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from tamoe.solver.cost import CostModel, cost_model
+from tamoe.solver.constants import read_constants
+from tamoe.solver.exchange_cost import EXCHANGES, WAYS, predict, rows_of_group
 from tamoe.solver.relays import Relays, make_relays, sum_groups
-from tamoe.solver.traffic import flat_rows, hierarchical_rows, told_bytes
 from tamoe.solver.workload import Workload
 from tamoe.topology.errors import InputError
 from tamoe.topology.graph import Topology
 
 SAMPLES = 256  # tokens of each rank; the spread of a node's touches is then below 3 %
 MOST_RANKS = 256  # beyond, sampling every rank takes seconds
-# A hop between nodes more means messages that the model does not see; a gain has to be worth them.
+# Without constants the model does not see what messages cost; a gain has to be worth them.
 LEAST_GAIN = 0.1
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The exchange to take, and why; times of one dispatch and combine, simulated."""
+    """The exchange to take, and why.
+
+    ``seconds`` are those of one dispatch and combine by each exchange, simulated.
+    """
 
     kind: str  # "flat" or "hierarchical"
+    schedule: str | None  # "single" or "rounds"; None: as the transport likes best
     reason: str
-    flat_s: float
-    hierarchical_s: float
+    seconds: Mapping[str, float]
 
 
 def choose_exchange(
-    topology: Topology, workload: Workload, target_PN: np.ndarray, *, parts: int = 4, seed: int = 0
+    topology: Topology, workload: Workload, target_PN: np.ndarray, *, seed: int = 0
 ) -> Choice:
-    """The faster exchange for tokens that are routed after a target.
+    """The fastest exchange for tokens that are routed after a target.
 
     Parameters
     ----------
     topology
-        Links, nodes and switches.
+        Links, nodes and switches, with constants if a calibration measured them.
     workload
         Tokens, bytes and experts; one group of all ranks.
     target_PN
         ``[P, N]`` tokens that each rank sends to each expert.
-    parts
-        Parts that the hierarchical exchange cuts the tokens into.
     seed
         Of the sample.
 
@@ -68,7 +69,7 @@ def choose_exchange(
     >>> topology = Topology.from_tree("2x4", bandwidth_bytes_per_s=(1e11, 1e9))
     >>> workload = Workload(tokens_per_rank=1024, top_k=8, hidden_size=1024, experts_per_rank=8)
     >>> choice = choose_exchange(topology, workload, np.full((8, 64), 128.0))
-    >>> choice.kind, round(choice.flat_s / choice.hierarchical_s, 1)
+    >>> choice.kind, round(choice.seconds["flat rounds"] / choice.seconds["hierarchical"], 1)
     ('hierarchical', 3.9)
     """
     num_ranks = topology.num_ranks
@@ -78,47 +79,40 @@ def choose_exchange(
         raise InputError(f"topology has {num_ranks} ranks; allowed: up to {MOST_RANKS}")
     if len(topology.nodes) == 1:
         return Choice(
-            "flat", "flat: there is one node, so no link between nodes to spare", 0.0, 0.0
+            "flat", None, "flat: there is one node, so no link between nodes to spare", {}
         )
     ranks = workload.groups(num_ranks)[0]
     rank_of_N = [ranks[position] for position in workload.expert_position_N(num_ranks)]
     counts_PN, forward_PMM = sample_routing(topology, workload, target_PN, rank_of_N, seed)
-    model = cost_model(topology, workload, "intra")
-    row_bytes = workload.token_bytes
-    flat_PP = flat_rows(counts_PN, rank_of_N) * row_bytes
-    hops = hierarchical_rows(topology, counts_PN, forward_PMM, rank_of_N)
-    told_PP = told_bytes(topology, counts_PN, forward_PMM, rank_of_N)
-    there = [hop_PP * row_bytes for hop_PP in hops]
-    there[0] = there[0] + told_PP
-    back = [hop_PP.T * row_bytes for hop_PP in hops]
-    flat = [_ended(model, flat_PP), _ended(model, flat_PP.T)]
-    relayed = [[_ended(model, bytes_PP) for bytes_PP in way] for way in (there, back)]
-    flat_s = sum(float(times.max()) for times in flat)
-    hierarchical_s = sum(_in_turns([float(times.max()) for times in way], parts) for way in relayed)
-    kind = "hierarchical" if hierarchical_s < (1 - LEAST_GAIN) * flat_s else "flat"
-    slowest = flat[0] if kind == "flat" else max(relayed[0], key=lambda times: times.max())
-    link = topology.links[int(slowest[: model.num_links].argmax())]
-    reason = (
-        f"{kind}: {min(flat_s, hierarchical_s) * 1e3:.3g} ms for dispatch and combine where "
-        f"{'hierarchical' if kind == 'flat' else 'flat'} takes "
-        f"{max(flat_s, hierarchical_s) * 1e3:.3g} ms (simulated); link {link.source} to "
-        f"{link.target} ends last"
+    rows = rows_of_group(
+        topology,
+        tuple(range(num_ranks)),
+        counts_PN,
+        forward_PMM,
+        rank_of_N,
+        workload.token_bytes,
+        workload.tokens_per_rank,
     )
-    if kind == "flat" and hierarchical_s < flat_s:
-        reason = f"flat: hierarchical would gain less than {LEAST_GAIN:.0%} (simulated)"
-    return Choice(kind, reason, flat_s, hierarchical_s)
-
-
-def _ended(model: CostModel, bytes_PP: np.ndarray) -> np.ndarray:
-    """When each link ends; links without traffic are not waited for."""
-    times_R = model.row_times_s(bytes_PP)
-    return np.where(model.seconds_per_byte @ bytes_PP.ravel() > 0, times_R, 0.0)
-
-
-def _in_turns(hop_s: Sequence[float], parts: int) -> float:
-    """Hops that overlap but for the first or last part: the longest, and a part of the others."""
-    longest = max(hop_s)
-    return longest + (sum(hop_s) - longest) / parts
+    measured = bool(read_constants(topology))
+    ways = {
+        exchange: [predict(topology, exchange, way, [rows[exchange, way]]) for way in WAYS]
+        for exchange in EXCHANGES
+        if measured or exchange != "flat single"
+    }
+    seconds = {str(name): ways[name][0].time_s + ways[name][1].time_s for name in ways}
+    best = min(ways, key=lambda name: seconds[name])
+    times = ", ".join(f"{name} {value * 1e3:.3g} ms" for name, value in seconds.items())
+    label = "simulated, constants measured" if measured else "simulated"
+    if not measured and seconds["hierarchical"] > (1 - LEAST_GAIN) * seconds["flat rounds"]:
+        best = "flat rounds"
+    busiest = max(ways[best], key=lambda way: way.time_s).bottleneck
+    return Choice(
+        best.split()[0],
+        best.split()[1] if measured and best != "hierarchical" else None,
+        f"{best if measured else best.split()[0]}: dispatch and combine take {times} ({label}); "
+        f"{busiest}",
+        seconds,
+    )
 
 
 def sample_routing(

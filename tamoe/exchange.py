@@ -20,6 +20,7 @@ from tamoe.placement import Placement, contiguous, experts_problem, resolve_plac
 from tamoe.record import note_counts, timed
 from tamoe.schedules import Mover, Schedule
 from tamoe.shares import count_keys, counts_of_parts, cut_tokens, describe_parts, make_shares
+from tamoe.solver.exchange_cost import num_parts
 from tamoe.solver.relays import make_relays, sum_groups
 from tamoe.topology.errors import InputError, whole
 from tamoe.waiting import Patience
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
 
 Kind = Literal["auto", "flat", "hierarchical", "none"]
 KINDS: tuple[Kind, ...] = ("auto", "flat", "hierarchical", "none")
-# Parts cost messages, so a rank's tokens are cut only into parts of a size that hides them.
-PART_BYTES = 2**18
-MOST_PARTS = 6
 _Planned = tuple[FlatRoute | RelayRoute, list[int], list[list[int]]]
 
 
@@ -145,11 +143,14 @@ class Exchange:
                 f"allowed: an expert on every rank"
             )
         self.nodes = (tuple(range(self.num_ranks)),) if topology is None else topology.nodes
-        self.kind: Literal["flat", "hierarchical", "none"]
-        self.kind, self.reason = _chosen(given) if kind == "auto" else (kind, "given")
+        chosen: tuple[Any, Any, str] = (kind, None, "given") if kind != "auto" else _chosen(given)
+        self.kind: Literal["flat", "hierarchical", "none"] = chosen[0]
+        self.reason = chosen[2]
         if self.group is None and self.kind == "hierarchical":
             self.kind = "flat"  # one rank
-        self.schedule: Schedule = self._best_schedule() if schedule == "auto" else schedule
+        if schedule == "auto":
+            schedule = chosen[1] or self._best_schedule()
+        self.schedule: Schedule = schedule
         if self.kind == "hierarchical":
             self.schedule = "rounds"
         moves = self.group if self.kind != "none" else None
@@ -341,7 +342,7 @@ class Exchange:
         if self.chunks != "auto":
             return self.chunks
         row_bytes = x_TD.shape[-1] * x_TD.dtype.itemsize if x_TD.ndim else 0
-        return min(max(self._most_tokens * row_bytes // PART_BYTES, 1), MOST_PARTS)
+        return num_parts(self._most_tokens * row_bytes)
 
     def _kept(self, asked: Asked) -> _Planned:
         """Every rank works on its own rows, dealt in turn to its experts."""
@@ -378,15 +379,15 @@ def _checked_timeout(timeout_s: float | None) -> float | None:
     return timeout_s
 
 
-def _chosen(topology_or_plan: Any) -> tuple[Literal["flat", "hierarchical"], str]:
-    """What the cost model says of a plan, and why."""
+def _chosen(topology_or_plan: Any) -> tuple[str, str | None, str]:
+    """Kind and schedule by what the cost model says of a plan, and why."""
     if getattr(topology_or_plan, "target_PN", None) is None:
-        return "flat", "flat: without a plan, sizes and routing are unknown"
+        return "flat", None, "flat: without a plan, sizes and routing are unknown"
     from tamoe.solver.choice import choose_exchange
 
     plan: Plan = topology_or_plan
     try:
         choice = choose_exchange(plan.topology, plan.workload, plan.target_PN)
     except InputError as error:
-        return "flat", f"flat: {error}"
-    return ("hierarchical" if choice.kind == "hierarchical" else "flat"), choice.reason
+        return "flat", None, f"flat: {error}"
+    return choice.kind, choice.schedule, choice.reason

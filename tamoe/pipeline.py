@@ -11,18 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from tamoe.schedules import Waiting
+from tamoe.solver.exchange_cost import turns
 
 Part = Iterator[Waiting | None]
-
-
-def turns(num_parts: int, num_hops: int) -> list[int]:
-    """Whose hop is next on the slow links; a part's own hops are apart if there are others.
-
-    >>> turns(3, 1), turns(3, 2)
-    ([0, 1, 2], [0, 1, 2, 0, 1, 2])
-    """
-    slots = [(part + 2 * hop, hop, part) for part in range(num_parts) for hop in range(num_hops)]
-    return [part for _, _, part in sorted(slots)]
 
 
 def run_in_turns(

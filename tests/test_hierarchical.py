@@ -195,7 +195,7 @@ def on_all_shapes(rank: int, routings: int) -> int:
     mixed = tree("2x4").subset([5, 0, 7, 2, 4, 1, 3, 6])  # ranks of a node are not neighbours
     compare(dist.group.WORLD, mixed, range(8))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tamoe.exchange.PART_BYTES", 64)  # several parts for a few tokens
+        patch.setattr("tamoe.solver.exchange_cost.PART_BYTES", 64)  # several parts for a few tokens
         compare(dist.group.WORLD, tree("[[2,1],[3,2]]"), range(8), chunks="auto")
     strided = dist.new_group([1, 3, 4, 7])
     if rank in (1, 3, 4, 7):

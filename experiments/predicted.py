@@ -1,0 +1,284 @@
+"""The exchanges' cost model against measured times, on emulated clusters.
+
+Run it (about half an hour on two cores; ``--quick`` for one small cluster)::
+
+    python -m tamoe.experiments.predicted -o predicted.json
+
+On each cluster every exchange runs on some routings, in turns. Constants are fitted on the even,
+uneven, local and one-hot ones of two sizes; what is scored are other draws, other sizes, another
+locality, routing after a plan's target, and several expert-parallel groups at the same time, for
+which nothing was fitted. Only times of at least 5 ms that have at least 1 MB on the busiest link
+are scored: an idle token bucket hides less. It is also counted how often the exchange that the
+model prefers is within 5 % of the fastest.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from tamoe.calibration import Case, Groups, Measured, fit, measure
+from tamoe.progress import progress_line
+from tamoe.solver import Workload, solve
+from tamoe.solver.constants import with_constants
+from tamoe.solver.exchange_cost import EXCHANGES, WAYS, predict
+from tamoe.topology.documents import check_writable, write_document
+from tamoe.topology.graph import Topology
+from tamoe.topology.ranks import run_ranks
+from tamoe.topology.spec import ClusterSpec
+
+SCHEMA, SCHEMA_VERSION = "tamoe.experiment.predicted", "1.0"
+LEAST_S, LEAST_BYTES = 5e-3, 1e6
+NEAR = 0.05  # of the fastest, for a good choice
+HIDDEN_SIZE, EXPERTS_PER_RANK, MOST_TOKENS = 256, 4, 4096
+# MB on the busiest link, and experts of each token.
+CALIBRATED_ON, SCORED_ON = ((1.5, 8), (4.0, 2)), ((2.0, 2), (6.0, 8))
+QUICK_ON = ((1.0, 2), (2.0, 2))
+CALIBRATION = ("even", "uneven", "local 8", "one-hot")
+SCORED = ("even", "uneven", "local 4", "target", "one-hot", "empty")
+_TIMEOUT_S = 1200.0
+_4X2, _STRIDED = "4x2:200mbit", ((0, 2, 4, 6), (1, 3, 5, 7))
+CLUSTERS: dict[str, tuple[str, Groups | None]] = {
+    "4x2": (_4X2, None),
+    "4x2, two strided groups": (_4X2, _STRIDED),
+    "4x2, two consecutive groups": (_4X2, ((0, 1, 2, 3), (4, 5, 6, 7))),
+    "2x4": ("2x4:200mbit", None),
+    "8x2": ("8x2:200mbit", None),
+    "[[2,2],[2]]": ("[[2,2],[2]]:400mbit,100mbit", None),
+    "one slow node": ("4x2:200mbit;node2=50mbit", None),
+}
+app = typer.Typer(add_completion=False)
+
+
+# ---- what is exchanged ------------------------------------------------------------------------
+
+
+def make_case(
+    topology: Topology, groups: Groups, name: str, link_mb: float, top_k: int, seed: int
+) -> Case:
+    """A routing whose flat exchange has so many MB on its busiest link.
+
+    ``name`` is one of :data:`CALIBRATION` or :data:`SCORED`; "local 4": experts on the own node 4
+    times as likely.
+    """
+    local = topology.subset(groups[0])
+    num_experts = local.num_ranks * EXPERTS_PER_RANK
+    generator = np.random.default_rng(seed)
+    weight_pN = np.ones((local.num_ranks, num_experts))
+    if name == "uneven":
+        weight_pN = np.exp(1.5 * generator.normal(size=weight_pN.shape))
+    elif name.startswith("local"):
+        near = np.array([local.node_of[e // EXPERTS_PER_RANK] for e in range(num_experts)])
+        same_pN = near[None, :] == np.array(local.node_of)[:, None]
+        weight_pN = np.where(same_pN, float(name.split()[1]), 1.0)
+    elif name == "target":
+        workload = Workload(1024, top_k, HIDDEN_SIZE, 4, EXPERTS_PER_RANK)
+        weight_pN = solve(local, workload, method="entropic", kl=0.5).target_PN
+    elif name == "one-hot":
+        weight_pN = np.tile(1.0 * (np.arange(num_experts) < top_k), (local.num_ranks, 1))
+    elif name == "empty":
+        weight_pN = np.zeros_like(weight_pN)
+    tokens = _tokens(topology, groups, weight_pN, link_mb, top_k)
+    return Case(f"{name}, {link_mb:g} MB, top-{top_k}", tokens, top_k, HIDDEN_SIZE, weight_pN)
+
+
+def _tokens(
+    topology: Topology, groups: Groups, weight_pN: np.ndarray, link_mb: float, top_k: int
+) -> int:
+    share_pN = weight_pN / np.maximum(weight_pN.sum(1, keepdims=True), 1e-300)
+    share_pp = share_pN.reshape(len(weight_pN), len(weight_pN), -1).sum(2)
+    token_PP = np.zeros((topology.num_ranks, topology.num_ranks))
+    for ranks in groups:
+        token_PP[np.ix_(ranks, ranks)] = share_pp * top_k * HIDDEN_SIZE * 4
+    np.fill_diagonal(token_PP, 0.0)
+    level_L = np.array([link.level for link in topology.links])
+    load_L = (topology.incidence @ token_PP.ravel())[level_L > 0]
+    return int(np.clip(link_mb * 1e6 / max(load_L.max(), 1.0), 8, MOST_TOKENS))
+
+
+# ---- measuring and scoring --------------------------------------------------------------------
+
+
+def _rank(
+    rank: int, topology: Topology, groups: Groups, cases: Sequence[Case], repetitions: int
+) -> list[Measured] | None:
+    show, began_s = progress_line("predicted"), time.monotonic()
+
+    def progress(done: int) -> None:
+        left_s = (time.monotonic() - began_s) / done * (len(cases) - done)
+        show("routings", done, len(cases), left_s)
+
+    measured = measure(rank, topology, groups, cases, repetitions, progress if not rank else None)
+    return measured if rank == 0 else None
+
+
+def score(cluster: str, topology: Topology, measured: Sequence[Measured]) -> list[dict[str, Any]]:
+    """Rows of the table: predicted and measured seconds of each way of each exchange."""
+    rows = []
+    level_L = np.array([link.level for link in topology.links])
+    for one in measured:
+        predicted = predict(topology, one.exchange, one.way, one.groups)
+        moved_PP = np.zeros((topology.num_ranks, topology.num_ranks))
+        for group in one.groups:
+            hops_pp = np.sum(group.hops_pp, axis=0)
+            moved_PP[np.ix_(group.ranks, group.ranks)] += (
+                hops_pp if one.way == "dispatch" else hops_pp.T
+            )
+        np.fill_diagonal(moved_PP, 0.0)
+        load_L = (topology.incidence @ moved_PP.ravel()) * (level_L > 0)
+        rows.append(
+            {
+                "cluster": cluster,
+                "case": one.case,
+                "exchange": one.exchange,
+                "way": one.way,
+                "measured_s": one.seconds,
+                "predicted_s": predicted.time_s,
+                "bottleneck": predicted.bottleneck,
+                "busiest_link_bytes": float(load_L.max()),
+                "scored": bool(one.seconds >= LEAST_S and load_L.max() >= LEAST_BYTES),
+            }
+        )
+    return rows
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Errors of the scored rows, and how good the model's choices are."""
+    errors = [abs(row["predicted_s"] / row["measured_s"] - 1) for row in rows if row["scored"]]
+    by_case: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for row in rows:
+        both = by_case.setdefault((row["cluster"], row["case"]), {})
+        times = both.setdefault(row["exchange"], [0.0, 0.0])
+        times[0] += row["predicted_s"]
+        times[1] += row["measured_s"]
+    lost = []
+    for both in by_case.values():
+        taken = min(both.values(), key=lambda times: times[0])[1]
+        lost.append(taken / min(times[1] for times in both.values()) - 1)
+    return {
+        "scored": len(errors),
+        "median_error": median(errors) if errors else None,
+        "worst_error": max(errors, default=None),
+        "settings": len(lost),
+        "near_best": sum(loss <= NEAR for loss in lost) / len(lost),
+        "worst_choice": max(lost),
+    }
+
+
+# ---- the command ------------------------------------------------------------------------------
+
+
+@app.command()
+def main(
+    output: Annotated[Path, typer.Option("-o", "--output")] = Path("predicted.json"),
+    repetitions: Annotated[int, typer.Option(help="Of each exchange, in turns.")] = 9,
+    quick: Annotated[bool, typer.Option("--quick", help="4x2 alone, small.")] = False,
+) -> None:
+    """Predict, measure, compare; writes JSON and a figure beside it (emulated)."""
+    check_writable(output)
+    chosen = dict(itertools.islice(CLUSTERS.items(), 1 if quick else None))
+    constants: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    for number, (cluster, (spec, some)) in enumerate(chosen.items()):
+        topology = ClusterSpec.parse(spec).topology()
+        groups = some or (tuple(range(topology.num_ranks)),)
+        scored, fitted = (
+            [make_case(topology, groups, name, *on, seed + number) for name in names for on in ons]
+            for names, ons, seed in (
+                (SCORED, QUICK_ON if quick else SCORED_ON, 100),
+                (CALIBRATION, QUICK_ON if quick else CALIBRATED_ON, 10),
+            )
+        )
+        cases = scored if spec in constants else [*fitted, *scored]
+        print(f"{cluster}: {len(cases)} routings", flush=True)
+        measured = run_ranks(
+            spec, _rank, topology, groups, cases, repetitions, timeout_s=_TIMEOUT_S
+        )[0]
+        if spec not in constants:
+            split = len(fitted) * len(EXCHANGES) * len(WAYS)
+            constants[spec] = fit(topology, measured[:split], os.cpu_count())
+            measured = measured[split:]
+        topology = with_constants(topology, constants[spec])
+        rows += score(cluster, topology, measured)
+        print_summary(cluster, [row for row in rows if row["cluster"] == cluster])
+        document = {
+            "schema": SCHEMA,
+            "schema_version": SCHEMA_VERSION,
+            "label": "emulated",
+            "repetitions": repetitions,
+            "constants": {s: dict(with_constants(topology, c).extra) for s, c in constants.items()},
+            "summary": summary(rows),
+            "rows": rows,
+        }
+        write_document(output, document)  # after every cluster, so that nothing measured is lost
+        save_figure(rows, output.with_suffix(".png"))
+    print_summary("all", rows)
+
+
+def print_summary(title: str, rows: Sequence[dict[str, Any]]) -> None:
+    """One line, then one for each exchange."""
+    found = summary(rows)
+    print(
+        f"{title}: near best {found['near_best']:.0%} of {found['settings']} settings, worst "
+        f"choice {found['worst_choice']:+.0%}"
+    )
+    for exchange, way in itertools.product(EXCHANGES, WAYS):
+        errors = [
+            row["predicted_s"] / row["measured_s"] - 1
+            for row in rows
+            if row["scored"] and (row["exchange"], row["way"]) == (exchange, way)
+        ]
+        if errors:
+            print(
+                f"  {exchange} {way}: {len(errors)} scored, median "
+                f"{np.median(np.abs(errors)):.1%}, worst {max(errors, key=abs):+.1%}",
+                flush=True,
+            )
+
+
+def save_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Predicted against measured, and the error against measured time."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    both, error = figure.subplots(1, 2)
+    colours = dict(zip(EXCHANGES, ("#999999", "#0072b2", "#d55e00"), strict=True))
+    markers = dict(zip(CLUSTERS, "osD^v<>", strict=True))
+    scored = [row for row in rows if row["scored"]]
+    for row in scored:
+        look = {"color": colours[row["exchange"]], "marker": markers[row["cluster"]], "s": 20}
+        look |= {"alpha": 0.7, "linewidths": 0}
+        measured_ms, predicted_ms = row["measured_s"] * 1e3, row["predicted_s"] * 1e3
+        both.scatter(measured_ms, predicted_ms, **look)
+        error.scatter(measured_ms, 100 * (predicted_ms / measured_ms - 1), **look)
+    ends = [
+        min(row["measured_s"] for row in scored) * 1e3,
+        max(row["measured_s"] for row in scored) * 1e3,
+    ]
+    both.plot(ends, ends, color="black", linewidth=0.8)
+    both.set(xscale="log", yscale="log", ylabel="predicted ms (simulated)")
+    error.axhspan(-8, 8, color="#dddddd", zorder=0)
+    error.axhline(0, color="black", linewidth=0.8)
+    error.set(xscale="log", ylabel="predicted over measured, %")
+    for axes in (both, error):
+        axes.set_xlabel("measured ms (emulated)")
+    for exchange, colour in colours.items():
+        both.scatter([], [], color=colour, label=exchange, s=20)
+    for cluster in dict.fromkeys(row["cluster"] for row in scored):
+        both.scatter([], [], color="black", marker=markers[cluster], label=cluster, s=20)
+    both.legend(fontsize=7, loc="upper left")
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,75 @@
+"""Constants of the exchanges' cost model: measured on a cluster, kept in its topology's file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tamoe.topology.errors import InputError
+from tamoe.topology.graph import Topology
+
+FILE_KEY = "exchange_constants"
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What one way of one exchange costs beside the links' bytes; measured on a cluster.
+
+    Parameters
+    ----------
+    start_s
+        Seconds, >= 0, whatever the rows.
+    message_s
+        Seconds, >= 0, of a rank for each message that it sends or gets.
+    work_s_per_byte
+        Seconds of a rank for each byte that it sends or gets, in whichever way.
+    duplex_share
+        Share of a link's bandwidth that it reaches while both directions are busy, > 0 to 1.
+    at_once
+        Ranks of the cluster that work at the same time without slowing each other; None: all.
+    """
+
+    start_s: float = 0.0
+    message_s: float = 0.0
+    work_s_per_byte: float = 0.0
+    duplex_share: float = 1.0
+    at_once: int | None = None
+
+
+def read_constants(topology: Topology) -> dict[tuple[str, str], Constants]:
+    """Constants in a topology's file, by exchange and way; empty where none were measured.
+
+    Raises
+    ------
+    InputError
+        They are malformed.
+    """
+    found = topology.extra.get(FILE_KEY, {})
+    try:
+        return {
+            (exchange, way): Constants(**values)
+            for exchange, ways in found.items()
+            for way, values in ways.items()
+        }
+    except (AttributeError, TypeError) as error:
+        raise InputError(
+            f"{FILE_KEY} of the topology: {error}; allowed: what `tamoe probe --exchange` writes"
+        ) from None
+
+
+def with_constants(topology: Topology, constants: Mapping[tuple[str, str], Constants]) -> Topology:
+    """The topology with constants, as its file carries them.
+
+    Examples
+    --------
+    >>> topology = Topology.from_tree("2x1", bandwidth_bytes_per_s=(4e9, 1e9))
+    >>> given = {("flat rounds", "dispatch"): Constants(start_s=0.5)}
+    >>> read_constants(with_constants(topology, given)) == given
+    True
+    """
+    document: dict[str, dict[str, Any]] = {}
+    for (exchange, way), values in constants.items():
+        document.setdefault(exchange, {})[way] = dataclasses.asdict(values)
+    return dataclasses.replace(topology, extra={**topology.extra, FILE_KEY: document})

@@ -1,0 +1,331 @@
+"""What an exchange costs: its steps on the links of a topology, work beside them, and a breakdown.
+
+The steps are those that the exchanges take (rounds, hops, parts in turns); constants that a
+calibration measured turn them into seconds. All times here are simulated.
+
+Shape suffixes: P ranks of the cluster, p ranks of a group, M nodes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from tamoe.solver.constants import Constants, read_constants
+from tamoe.solver.flows import Flows, Step, run_steps, run_steps_together
+from tamoe.solver.traffic import flat_rows, hierarchical_rows, told_bytes
+from tamoe.topology.errors import InputError
+from tamoe.topology.graph import Topology
+
+Exchange = Literal["flat single", "flat rounds", "hierarchical"]
+Way = Literal["dispatch", "combine"]
+EXCHANGES: tuple[Exchange, ...] = ("flat single", "flat rounds", "hierarchical")
+WAYS: tuple[Way, ...] = ("dispatch", "combine")
+MOST_RANKS = 32  # beyond, sharing of links is not simulated flow by flow, which takes seconds
+PART_BYTES = 2**18
+MOST_PARTS = 6
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Bytes of one group's dispatch, between its ranks by their place in the group.
+
+    Parameters
+    ----------
+    ranks
+        Ranks of the group.
+    hops_pp
+        ``[p, p]`` bytes of each hop: one for a flat exchange; for a hierarchical one those between
+        nodes, highest switches first, then the one inside nodes.
+    parts
+        Shares of the tokens that travel together, in the order of a dispatch.
+    """
+
+    ranks: tuple[int, ...]
+    hops_pp: Sequence[np.ndarray]
+    parts: Sequence[float] = (1.0,)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Simulated seconds of one way of an exchange, and those that each link is busy."""
+
+    time_s: float
+    busy_s: Mapping[tuple[str, str], float]
+
+    @property
+    def bottleneck(self) -> str:
+        """The busiest link in words."""
+        if not self.busy_s:
+            return "no link is used"
+        link = max(self.busy_s, key=lambda ends: self.busy_s[ends])
+        return (
+            f"link {link[0]} to {link[1]}, {self.busy_s[link] * 1e3:.3g} ms of "
+            f"{self.time_s * 1e3:.3g}"
+        )
+
+
+def num_parts(rank_bytes: float) -> int:
+    """Parts that suit the tokens of a rank, of so many bytes; each costs messages.
+
+    >>> num_parts(0), num_parts(1e6), num_parts(1e9)
+    (1, 3, 6)
+    """
+    return int(min(max(rank_bytes // PART_BYTES, 1), MOST_PARTS))
+
+
+def part_shares(num_parts: int) -> list[float]:
+    """Shares of the tokens in each part: every part is smaller than the one before.
+
+    >>> part_shares(2)
+    [0.6666666666666666, 0.3333333333333333]
+    """
+    total = num_parts * (num_parts + 1) / 2
+    return [number / total for number in range(num_parts, 0, -1)]
+
+
+def turns(num_parts: int, num_hops: int) -> list[int]:
+    """Whose hop is next on the slow links; a part's own hops are apart if there are others.
+
+    >>> turns(3, 1), turns(3, 2)
+    ([0, 1, 2], [0, 1, 2, 0, 1, 2])
+    """
+    slots = [(part + 2 * hop, hop, part) for part in range(num_parts) for hop in range(num_hops)]
+    return [part for _, _, part in sorted(slots)]
+
+
+def rows_of_group(
+    local: Topology,
+    ranks: tuple[int, ...],
+    counts_pN: np.ndarray,
+    forward_pMM: np.ndarray,
+    rank_of_N: Sequence[int],
+    row_bytes: int,
+    most_tokens: float,
+) -> dict[tuple[str, str], Rows]:
+    """What a group moves, for each way of each exchange, from its counts and touches.
+
+    Parameters
+    ----------
+    local
+        Topology of the group's ranks.
+    ranks
+        The group.
+    counts_pN
+        ``[p, N]`` tokens that each rank of the group sends to each of its experts.
+    forward_pMM
+        ``[p, M, M]`` tokens of each rank that are copied from a node to a node.
+    rank_of_N
+        Place in the group of the rank of each expert.
+    row_bytes
+        Bytes of a token.
+    most_tokens
+        Tokens of the rank that has most.
+
+    Examples
+    --------
+    >>> topology = Topology.from_tree("2x1", bandwidth_bytes_per_s=(4e9, 1e9))
+    >>> counts_pN, forward_pMM = np.array([[0, 3], [0, 0]]), np.zeros((2, 2, 2))
+    >>> rows = rows_of_group(topology, (0, 1), counts_pN, forward_pMM, (0, 1), 8, 3)
+    >>> rows["flat rounds", "combine"].hops_pp[0].tolist()
+    [[0.0, 24.0], [0.0, 0.0]]
+    """
+    flat = Rows(ranks, [flat_rows(counts_pN, rank_of_N) * row_bytes])
+    hops = hierarchical_rows(local, counts_pN, forward_pMM, rank_of_N)
+    hops_pp = [hop_pp * row_bytes for hop_pp in hops]
+    told_pp = told_bytes(local, counts_pN, forward_pMM, rank_of_N)
+    parts = part_shares(num_parts(most_tokens * row_bytes))
+    there = Rows(ranks, [hops_pp[0] + told_pp, *hops_pp[1:]], parts)
+    moved = {
+        ("hierarchical", "dispatch"): there,
+        ("hierarchical", "combine"): Rows(ranks, hops_pp, parts),
+    }
+    return moved | {(exchange, way): flat for exchange in EXCHANGES[:2] for way in WAYS}
+
+
+def predict(
+    topology: Topology,
+    exchange: Exchange,
+    way: Way,
+    groups: Sequence[Rows],
+    constants: Constants | None = None,
+) -> Prediction:
+    """Time of one way of an exchange, of several groups at the same time.
+
+    Parameters
+    ----------
+    topology
+        Of the whole cluster.
+    exchange
+        "flat single", "flat rounds" or "hierarchical".
+    way
+        "dispatch", or "combine", which moves the same bytes back.
+    groups
+        What each group moves.
+    constants
+        None: those of the topology's file, or bare links.
+
+    Raises
+    ------
+    InputError
+        The exchange or the way is unknown.
+
+    Examples
+    --------
+    >>> topology = Topology.from_tree("2x1", bandwidth_bytes_per_s=(4e9, 1e9))
+    >>> rows = Rows((0, 1), [np.array([[0, 2e9], [1e9, 0]])])
+    >>> predicted = predict(topology, "flat rounds", "dispatch", [rows])
+    >>> predicted.time_s, predicted.bottleneck
+    (2.0, 'link switch0 to nic1, 2e+03 ms of 2e+03')
+    """
+    for name, value, allowed in (("exchange", exchange, EXCHANGES), ("way", way, WAYS)):
+        if value not in allowed:
+            raise InputError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+    if constants is None:
+        constants = read_constants(topology).get((exchange, way), Constants())
+    steps_P: list[list[Step]] = [[] for _ in range(topology.num_ranks)]
+    work = _Work(constants, groups, topology.num_ranks)
+    for rows in groups:
+        local = topology.subset(rows.ranks)
+        plan = _flat_steps if exchange.startswith("flat") else _relayed_steps
+        in_rounds = exchange != "flat single"
+        for place, steps in enumerate(plan(local, rows, way, work, in_rounds)):
+            steps_P[rows.ranks[place]] = steps
+    simulate = run_steps if topology.num_ranks <= MOST_RANKS else run_steps_together
+    line = simulate(topology, steps_P, duplex_share=constants.duplex_share)
+    busy = zip(topology.links, line.busy_L.tolist(), strict=True)
+    messages_s = sum(work.messages_s(flows_P) for flows_P in _between_nodes(topology, steps_P))
+    return Prediction(
+        constants.start_s + messages_s + line.time_s,
+        {(link.source, link.target): busy_s for link, busy_s in busy if busy_s > 0},
+    )
+
+
+class _Work:
+    """Seconds of a rank's own work on rows that it sends and gets, where ranks share cores."""
+
+    def __init__(self, constants: Constants, groups: Sequence[Rows], num_ranks: int) -> None:
+        self._groups, self._per_byte = groups, constants.work_s_per_byte
+        self._message_s, self._num_ranks = constants.message_s, num_ranks
+        self._at_once = min(constants.at_once or num_ranks, num_ranks)
+
+    def seconds(self, hop: int) -> float:
+        """For all rows of a hop; the slowest rank, or the cores that all ranks share."""
+        each = [0.0]
+        for rows in self._groups:
+            bytes_pp = rows.hops_pp[hop]
+            each += (self._per_byte * (bytes_pp.sum(0) + bytes_pp.sum(1))).tolist()
+        return max(max(each), sum(each) / self._at_once)
+
+    def messages_s(self, flows_P: Iterable[Flows]) -> float:
+        """For the messages of one step, at both of their ends."""
+        count_P = [0] * self._num_ranks
+        for source, target, _ in itertools.chain.from_iterable(flows_P):
+            count_P[source] += 1
+            count_P[target] += 1
+        return self._message_s * max(max(count_P), sum(count_P) / self._at_once)
+
+
+def _between_nodes(topology: Topology, steps_P: Sequence[Sequence[Step]]) -> Iterator[list[Flows]]:
+    """Flows between nodes of each step, by the rank that sends them: nothing hides their start."""
+    node_of = topology.node_of
+    for number in range(max(map(len, steps_P))):
+        yield [
+            tuple(flow for flow in steps[number].flows if node_of[flow[0]] != node_of[flow[1]])
+            if number < len(steps)
+            else ()
+            for steps in steps_P
+        ]
+
+
+def _flat_steps(
+    local: Topology, rows: Rows, way: Way, work: _Work, in_rounds: bool
+) -> list[list[Step]]:
+    """Pack, send, arrange."""
+    bytes_pp = rows.hops_pp[0] if way == "dispatch" else rows.hops_pp[0].T
+    rounds = _rounds(local, bytes_pp, rows.ranks) if in_rounds else None
+    packing = work.seconds(0) / 2
+    near = _between(local, bytes_pp, rows.ranks, lambda step: step == 0)
+    steps_p = []
+    for place in range(len(rows.ranks)):
+        if rounds is None:
+            middle = [Step(_between(local, bytes_pp, rows.ranks, lambda step: True)[place])]
+        else:
+            middle = [Step(flows_p[place]) for flows_p in rounds] or [Step()]
+            middle[-1] = Step((*middle[-1].flows, *near[place]))
+        steps_p.append([Step(work_s=packing), *middle, Step(work_s=packing)])
+    return steps_p
+
+
+def _relayed_steps(
+    local: Topology, rows: Rows, way: Way, work: _Work, in_rounds: bool
+) -> list[list[Step]]:
+    """Parts in turns between nodes; what one leaves to do inside nodes goes on beside the next."""
+    parts = list(rows.parts)
+    *between, inside_pp = rows.hops_pp
+    inside_s = work.seconds(len(rows.hops_pp) - 1)
+    if way == "combine":
+        parts.reverse()
+        between, inside_pp = [hop_pp.T for hop_pp in reversed(between)], inside_pp.T
+    order = turns(len(parts), len(between))
+    seen = [0] * len(parts)
+    steps_p: list[list[Step]] = [[] for _ in rows.ranks]
+    inside = [
+        _between(local, inside_pp * share, rows.ranks, lambda step: step == 0) for share in parts
+    ]
+
+    def beside(part: int | None) -> tuple[float, list[Flows]]:
+        if part is None:
+            return 0.0, [()] * len(rows.ranks)
+        return inside_s * parts[part] + work.messages_s(inside[part]), inside[part]
+
+    def add(flows: Sequence[Flows], part: int | None) -> None:
+        work_s, near = beside(part)
+        for place, steps in enumerate(steps_p):
+            steps.append(Step((*flows[place], *near[place]), work_s))
+
+    nothing: list[Flows] = [()] * len(rows.ranks)
+    if way == "combine":
+        add(nothing, 0)
+    arrived: int | None = None
+    for turn, part in enumerate(order):
+        hop = seen[part]
+        seen[part] += 1
+        ahead = order[turn + 1] if turn + 1 < len(order) else None
+        other = arrived if way == "dispatch" else ahead
+        if other is not None and way == "combine" and seen[other]:
+            other = None  # its rows have left the node already
+        for number, flows_p in enumerate(_rounds(local, between[hop] * parts[part], rows.ranks)):
+            add(flows_p, other if number == 0 else None)
+        arrived = part if seen[part] == len(between) else None
+    if way == "dispatch":
+        for left in [arrived] if order else range(len(parts)):
+            add(nothing, left)
+    return steps_p
+
+
+def _rounds(local: Topology, bytes_pp: np.ndarray, ranks: Sequence[int]) -> list[list[Flows]]:
+    """Flows of each rank in each round: node n sends to node n + r."""
+    return [
+        _between(local, bytes_pp, ranks, lambda step, number=number: step == number)
+        for number in range(1, len(local.nodes))
+    ]
+
+
+def _between(
+    local: Topology, bytes_pp: np.ndarray, ranks: Sequence[int], taken: Any
+) -> list[Flows]:
+    """Flows that each rank sends, of those whose nodes are so many apart."""
+    num_nodes, node_of = len(local.nodes), local.node_of
+    return [
+        tuple(
+            (ranks[i], ranks[j], float(bytes_pp[i, j]))
+            for j in np.flatnonzero(bytes_pp[i]).tolist()
+            if i != j and taken((node_of[j] - node_of[i]) % num_nodes)
+        )
+        for i in range(len(ranks))
+    ]

@@ -1,0 +1,212 @@
+"""How long transfers take that share links: a fluid simulation with max-min fair rates.
+
+Every rank goes through steps. A step holds the flows that it sends or receives then, and work that
+goes on beside them; the next step begins when all of that is done. A flow runs while both of its
+ends are in its step. A link with a token bucket lets a burst through before it holds back; the
+bucket fills again while the link is less than full.
+
+Shape suffixes: F flows, L links, P ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tamoe.topology.graph import Topology
+
+# Flows within this share of their end finish together: fewer events, and an error below it.
+TOGETHER = 0.005
+FREE_BYTES_PER_S = 1e15
+Flows = tuple[tuple[int, int, float], ...]  # source, target, bytes
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a rank does at a time: flows, as (source, target, bytes), and work beside them."""
+
+    flows: Flows = ()
+    work_s: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Timeline:
+    """When everything has ended, and how long each link was busy."""
+
+    time_s: float
+    busy_L: np.ndarray
+
+
+def run_steps(
+    topology: Topology, steps_P: Sequence[Sequence[Step]], *, duplex_share: float = 1.0
+) -> Timeline:
+    """Simulate steps of all ranks.
+
+    Parameters
+    ----------
+    topology
+        The links.
+    steps_P
+        Steps of each rank. A flow belongs to the steps of equal number at its two ends, is given
+        at either end or at both, and has to differ from others of its step in source or target.
+    duplex_share
+        Share of a link's bandwidth, > 0 to 1, that transfers reach while the opposite direction is
+        busy: acknowledgements then wait behind data.
+
+    Examples
+    --------
+    >>> topology = Topology.from_tree("2x1", bandwidth_bytes_per_s=(4e9, 1e9))
+    >>> there, back = Step(((0, 1, 1e9),)), Step(((1, 0, 2e9),), work_s=2.5)
+    >>> run_steps(topology, [[there, back], [there, back]]).time_s
+    3.5
+    """
+    num_ranks = len(steps_P)
+    bandwidth_L = np.array([link.bandwidth_bytes_per_s for link in topology.links])
+    burst_L = np.array([link.burst_bytes for link in topology.links], dtype=float)
+    opposite_L = _opposites(topology)
+    ends, step_F, left_F = _flows(steps_P)
+    size_F = left_F.copy()
+    incidence_FL = np.zeros((len(ends), len(bandwidth_L)))
+    for number, (source, target) in enumerate(ends):
+        incidence_FL[number, list(topology.route(source, target))] = 1.0
+    source_F = np.array([source for source, _ in ends], dtype=int)
+    target_F = np.array([target for _, target in ends], dtype=int)
+    credit_L, busy_L = burst_L.copy(), np.zeros_like(burst_L)
+    step_P, now_s = np.zeros(num_ranks, dtype=int), 0.0
+    last_P = np.array([len(steps) for steps in steps_P])
+    work_until_P = np.array([steps[0].work_s if steps else 0.0 for steps in steps_P])
+    while True:
+        _advance(steps_P, step_P, last_P, work_until_P, now_s, source_F, target_F, step_F, left_F)
+        if (step_P >= last_P).all():
+            return Timeline(float(now_s), busy_L)
+        active_F = (left_F > 0) & (step_P[source_F] == step_F) & (step_P[target_F] == step_F)
+        used_L = active_F @ incidence_FL > 0
+        both_L = used_L & np.where(opposite_L >= 0, used_L[opposite_L], False)
+        reached_L = np.where(both_L, bandwidth_L * duplex_share, bandwidth_L)
+        capacity_L = np.where(credit_L > 0, FREE_BYTES_PER_S, reached_L)
+        rate_F = np.zeros(len(left_F))
+        rate_F[active_F] = fair_rates(incidence_FL[active_F], capacity_L, size_F[active_F])
+        load_L = rate_F @ incidence_FL
+        waits = work_until_P[(step_P < last_P) & (work_until_P > now_s)] - now_s
+        ends_s = left_F[active_F] / rate_F[active_F]
+        over_L = (load_L > reached_L) & (credit_L > 0)
+        empties_s = credit_L[over_L] / (load_L - reached_L)[over_L]
+        step_s = min([*waits, *ends_s, *empties_s], default=np.inf)
+        assert np.isfinite(step_s), "flows whose ends are never in the same step"
+        busy_L += step_s * (load_L > 0)
+        credit_L = np.clip(credit_L + step_s * (reached_L - load_L), 0.0, burst_L)
+        credit_L[credit_L < 1e-6 * burst_L] = 0.0
+        now_s += step_s
+        left_F -= rate_F * step_s
+        left_F[active_F & (left_F <= TOGETHER * size_F)] = 0.0
+
+
+def run_steps_together(
+    topology: Topology, steps_P: Sequence[Sequence[Step]], *, duplex_share: float = 1.0
+) -> Timeline:
+    """As :func:`run_steps`, where every step begins on all ranks at once and links are shared well.
+
+    Takes little time on large clusters; steps that ranks would begin apart make it too long.
+
+    Examples
+    --------
+    >>> topology = Topology.from_tree("2x1", bandwidth_bytes_per_s=(4e9, 1e9))
+    >>> there, back = Step(((0, 1, 1e9),)), Step(((1, 0, 2e9),), work_s=2.5)
+    >>> run_steps_together(topology, [[there, back], [there, back]]).time_s
+    3.5
+    """
+    bandwidth_L = np.array([link.bandwidth_bytes_per_s for link in topology.links])
+    credit_L = np.array([link.burst_bytes for link in topology.links], dtype=float)
+    opposite_L = _opposites(topology)
+    busy_L, time_s = np.zeros_like(bandwidth_L), 0.0
+    for number in range(max(map(len, steps_P), default=0)):
+        steps = [steps[number] for steps in steps_P if number < len(steps)]
+        load_L = np.zeros_like(bandwidth_L)
+        for source, target, size in {flow for step in steps for flow in step.flows}:
+            if source != target:
+                load_L[list(topology.route(source, target))] += size
+        both_L = (load_L > 0) & np.where(opposite_L >= 0, load_L[opposite_L] > 0, False)
+        reached_L = np.where(both_L, bandwidth_L * duplex_share, bandwidth_L)
+        each_L = np.maximum(load_L - credit_L, 0.0) / reached_L
+        credit_L = np.maximum(credit_L - load_L, 0.0)
+        busy_L += each_L
+        time_s += max(float(each_L.max(initial=0.0)), *(step.work_s for step in steps))
+    return Timeline(time_s, busy_L)
+
+
+def fair_rates(
+    incidence_FL: np.ndarray, capacity_L: np.ndarray, weight_F: np.ndarray | None = None
+) -> np.ndarray:
+    """Max-min fair rates of flows: no flow can have more without another having less.
+
+    With weights, shares of a link are in proportion to them.
+
+    Examples
+    --------
+    >>> fair_rates(np.array([[1, 0], [1, 1], [0, 1]]), np.array([1.0, 4.0])).tolist()
+    [0.5, 0.5, 3.5]
+    """
+    rate_F = np.full(len(incidence_FL), FREE_BYTES_PER_S)
+    open_F = incidence_FL.any(axis=1)
+    left_L = capacity_L.astype(float).copy()
+    weight_F = np.ones(len(incidence_FL)) if weight_F is None else weight_F
+    while open_F.any():
+        weight_L = weight_F[open_F] @ incidence_FL[open_F]
+        share_L = np.where(weight_L > 0, left_L / np.where(weight_L > 0, weight_L, 1.0), np.inf)
+        link = int(share_L.argmin())
+        fixed_F = open_F & (incidence_FL[:, link] > 0)
+        rate_F[fixed_F] = np.maximum(share_L[link] * weight_F[fixed_F], 1e-9)
+        left_L = np.maximum(left_L - rate_F[fixed_F] @ incidence_FL[fixed_F], 0.0)
+        open_F &= ~fixed_F
+    return rate_F
+
+
+def _opposites(topology: Topology) -> np.ndarray:
+    """The link in the other direction of each, -1 where there is none."""
+    number = {(link.source, link.target): i for i, link in enumerate(topology.links)}
+    return np.array([number.get((link.target, link.source), -1) for link in topology.links])
+
+
+def _flows(
+    steps_P: Sequence[Sequence[Step]],
+) -> tuple[list[tuple[int, int]], np.ndarray, np.ndarray]:
+    """Ends, step and bytes of every flow with bytes, once."""
+    found = {
+        (number, source, target): size
+        for steps in steps_P
+        for number, step in enumerate(steps)
+        for source, target, size in step.flows
+        if size > 0 and source != target
+    }
+    ends = [(source, target) for _, source, target in found]
+    numbers = np.array([number for number, _, _ in found], dtype=int)
+    return ends, numbers, np.array(list(found.values()), dtype=float)
+
+
+def _advance(
+    steps_P: Sequence[Sequence[Step]],
+    step_P: np.ndarray,
+    last_P: np.ndarray,
+    work_until_P: np.ndarray,
+    now_s: float,
+    source_F: np.ndarray,
+    target_F: np.ndarray,
+    step_F: np.ndarray,
+    left_F: np.ndarray,
+) -> None:
+    """Let every rank whose step is done begin the next one that has something to do."""
+    moved = True
+    while moved:
+        moved = False
+        open_F = left_F > 0
+        busy = set(zip(source_F[open_F].tolist(), step_F[open_F].tolist(), strict=True))
+        busy |= set(zip(target_F[open_F].tolist(), step_F[open_F].tolist(), strict=True))
+        idle = (step_P < last_P) & (work_until_P <= now_s + 1e-12)
+        for rank in np.flatnonzero(idle).tolist():
+            if (rank, int(step_P[rank])) not in busy:
+                step_P[rank] += 1
+                moved = True
+                if step_P[rank] < last_P[rank]:
+                    work_until_P[rank] = now_s + steps_P[rank][step_P[rank]].work_s

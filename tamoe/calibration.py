@@ -1,0 +1,211 @@
+"""What the exchanges cost on a cluster beside the bytes on its links: measured, then fitted.
+
+The cost model of :mod:`tamoe.solver.exchange_cost` has three constants for each way of each
+exchange. Here every exchange runs on a few routings, in turns, and the constants are those whose
+predictions are nearest to the medians.
+
+Shape suffixes: T tokens, K choices, P ranks, N experts, p ranks of a group, M nodes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from tamoe.exchange import Exchange
+from tamoe.relays import plan_forwarding
+from tamoe.solver import exchange_cost
+from tamoe.solver.constants import Constants
+from tamoe.solver.exchange_cost import EXCHANGES, WAYS, Rows, predict, rows_of_group
+from tamoe.solver.relays import make_relays, sum_groups
+from tamoe.topology.graph import Topology
+
+Groups = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """Tokens of every rank and how likely each of its experts is; distinct experts for a token."""
+
+    name: str
+    tokens: int
+    top_k: int
+    hidden_size: int
+    weight_pN: np.ndarray  # by place in the group; a row may be all 0: no tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """Median seconds of one way of one exchange in one case, and what it moved."""
+
+    case: str
+    exchange: exchange_cost.Exchange
+    way: exchange_cost.Way
+    seconds: float
+    groups: tuple[Rows, ...]
+
+
+def routing(case: Case, place: int, seed: int) -> torch.Tensor:
+    """Experts of the tokens of the rank at a place of its group, ``[T, K]``."""
+    weight_N = torch.tensor(case.weight_pN[place], dtype=torch.float64)
+    tokens = case.tokens if bool(weight_N.any()) else 0
+    generator = torch.Generator().manual_seed(seed)
+    # Smallest exponential variates: a draw without replacement by weight.
+    draw_TN = torch.empty(tokens, len(weight_N), dtype=torch.float64)
+    draw_TN = draw_TN.exponential_(generator=generator) / weight_N.clamp_min(1e-300)
+    return draw_TN.topk(case.top_k, largest=False).indices
+
+
+def measure(
+    rank: int,
+    topology: Topology,
+    groups: Groups,
+    cases: Sequence[Case],
+    repetitions: int,
+    progress: Callable[[int], None] | None = None,
+) -> list[Measured]:
+    """Time every exchange in every case, all groups at once; every rank calls it.
+
+    Parameters
+    ----------
+    rank, topology
+        This rank, and the whole cluster.
+    groups
+        Expert-parallel groups, which exchange at the same time.
+    cases
+        What to exchange.
+    repetitions
+        Timed runs of each exchange, in turns, after one that is not.
+    progress
+        Called with the number of cases done.
+
+    Returns
+    -------
+    list
+        The same on all ranks; times are those of the last rank in each run.
+    """
+    handles = [dist.new_group(list(members)) for members in groups]
+    number = next(i for i, members in enumerate(groups) if rank in members)
+    members, group = groups[number], handles[number]
+    local = topology.subset(members)
+    exchanges = {
+        "flat single": Exchange(local, group=group, kind="flat", schedule="single"),
+        "flat rounds": Exchange(local, group=group, kind="flat", schedule="rounds"),
+        "hierarchical": Exchange(local, group=group, kind="hierarchical"),
+    }
+    measured: list[Measured] = []
+    for done, case in enumerate(cases):
+        place = members.index(rank)
+        index_TK = routing(case, place, 1000 * done + rank)
+        moved = _moved(topology, local, members, case, index_TK)
+        x_TD = torch.randn(len(index_TK), case.hidden_size)
+        weight_TK = torch.rand(index_TK.shape)
+        num_experts = case.weight_pN.shape[1]
+        seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in exchanges}
+        for name, exchange in itertools.chain(*[exchanges.items()] * (repetitions + 1)):
+            dist.barrier()
+            began_s = time.perf_counter()
+            row_RD, handle = exchange.dispatch(x_TD, index_TK, weight_TK, num_experts=num_experts)
+            dispatch_s = time.perf_counter() - began_s
+            dist.barrier()
+            began_s = time.perf_counter()
+            exchange.combine(row_RD, handle)
+            seconds[name].append((dispatch_s, time.perf_counter() - began_s))
+        last = torch.tensor([seconds[name][1:] for name in exchanges])
+        dist.all_reduce(last, dist.ReduceOp.MAX)
+        for exchange_number, kind in enumerate(EXCHANGES):
+            for way_number, way in enumerate(WAYS):
+                value = median(last[exchange_number, :, way_number].tolist())
+                measured.append(Measured(case.name, kind, way, value, moved[kind, way]))
+        if progress is not None:
+            progress(done + 1)
+    return measured
+
+
+def _moved(
+    topology: Topology,
+    local: Topology,
+    members: tuple[int, ...],
+    case: Case,
+    index_TK: torch.Tensor,
+) -> dict[tuple[str, str], tuple[Rows, ...]]:
+    """Bytes of all groups, for each way of each exchange."""
+    num_experts = case.weight_pN.shape[1]
+    each = num_experts // len(members)
+    relays = make_relays(members.index(dist.get_rank()), local.nodes, sum_groups(local))
+    node_N = torch.tensor(local.node_of).repeat_interleave(each)
+    forward_MM = plan_forwarding(node_N[index_TK].flatten(), len(index_TK), relays)[1]
+    count_N = torch.bincount(index_TK.flatten(), minlength=num_experts)
+    everyone: list[Any] = [None] * topology.num_ranks
+    dist.all_gather_object(everyone, (members, count_N.numpy(), forward_MM.numpy(), len(index_TK)))
+    moved: dict[tuple[str, str], list[Rows]] = {}
+    for ranks in dict.fromkeys(entry[0] for entry in everyone):
+        mine = [everyone[rank] for rank in ranks]
+        rows = rows_of_group(
+            topology.subset(ranks),
+            ranks,
+            np.stack([entry[1] for entry in mine]),
+            np.stack([entry[2] for entry in mine]),
+            [expert // each for expert in range(num_experts)],
+            case.hidden_size * 4,
+            max(entry[3] for entry in mine),
+        )
+        for key, value in rows.items():
+            moved.setdefault(key, []).append(value)
+    return {key: tuple(values) for key, values in moved.items()}
+
+
+def fit(
+    topology: Topology, measured: Sequence[Measured], at_once: int | None
+) -> Mapping[tuple[str, str], Constants]:
+    """Constants whose predictions are nearest to what was measured, in relative terms.
+
+    Parameters
+    ----------
+    topology
+        The cluster.
+    measured
+        From :func:`measure`; at least three cases.
+    at_once
+        Ranks that can work at the same time: the cores of an emulated cluster, None for a real
+        one, where ranks have cores of their own.
+    """
+    from scipy.optimize import least_squares
+
+    fitted: dict[tuple[str, str], Constants] = {}
+    for key in itertools.product(EXCHANGES, WAYS):
+        mine = [m for m in measured if (m.exchange, m.way) == key]
+
+        def error(values: np.ndarray, mine: Sequence[Measured] = mine) -> list[float]:
+            start, message, work, share = values.tolist()
+            constants = Constants(start / 1e3, message / 1e3, work / 1e9, share, at_once)
+            return [
+                float(
+                    np.log(
+                        predict(topology, m.exchange, m.way, m.groups, constants).time_s / m.seconds
+                    )
+                )
+                for m in mine
+            ]
+
+        found = least_squares(
+            error,
+            [5.0, 0.1, 1.0, 0.95],
+            bounds=([0.0, 0.0, 0.0, 0.5], [1e3, 1e3, 1e3, 1.0]),
+            x_scale=[10.0, 0.2, 1.0, 0.1],
+            diff_step=0.02,
+            loss="soft_l1",
+            f_scale=0.05,
+            max_nfev=15,
+        )
+        start, message, work, share = found.x.tolist()
+        fitted[key] = Constants(start / 1e3, message / 1e3, work / 1e9, share, at_once)
+    return fitted

@@ -1,0 +1,250 @@
+"""The exchanges' cost model against bounds and closed forms."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from tamoe.solver import Workload
+from tamoe.solver.choice import choose_exchange
+from tamoe.solver.constants import FILE_KEY, Constants, read_constants, with_constants
+from tamoe.solver.exchange_cost import EXCHANGES, WAYS, Rows, part_shares, predict, rows_of_group
+from tamoe.solver.flows import Step, fair_rates, run_steps, run_steps_together
+from tamoe.topology import ClusterSpec, InputError, Topology
+
+TREES = ["2x1", "2x2", "4x2", [3, 1], [[2, 1], [2]], [[1, 2], [3, 1]]]
+
+
+def tree(shape, **options):
+    levels = 3 if isinstance(shape, list) and any(isinstance(part, list) for part in shape) else 2
+    return Topology.from_tree(shape, bandwidth_bytes_per_s=(1e9, 1e7, 3e6)[:levels], **options)
+
+
+def bound_s(topology, bytes_pp):
+    away_pp = bytes_pp * (1 - np.eye(len(bytes_pp)))
+    bandwidth_L = np.array([link.bandwidth_bytes_per_s for link in topology.links])
+    return float((topology.incidence @ away_pp.ravel() / bandwidth_L).max(initial=0.0))
+
+
+def everything(topology):
+    return tuple(range(topology.num_ranks))
+
+
+def random_bytes(topology, seed, zeros=0.3):
+    generator = np.random.default_rng(seed)
+    shape = (topology.num_ranks, topology.num_ranks)
+    return generator.random(shape) * 1e6 * (generator.random(shape) > zeros)
+
+
+def random_rows(topology, seed, tokens=300, top_k=2, each=2):
+    """Rows of a random routing, from tokens drawn one by one: a second route to the counts."""
+    generator = np.random.default_rng(seed)
+    num_ranks, node_of = topology.num_ranks, np.array(topology.node_of)
+    num_experts = num_ranks * each
+    counts_pN = np.zeros((num_ranks, num_experts))
+    forward_pMM = np.zeros((num_ranks, len(topology.nodes), len(topology.nodes)))
+    for rank, _ in itertools.product(range(num_ranks), range(tokens)):
+        experts = generator.choice(num_experts, top_k, replace=False)
+        counts_pN[rank, experts] += 1
+        for node in set(node_of[experts // each]) - {node_of[rank]}:
+            forward_pMM[rank, node_of[rank], node] += 1
+    rank_of_N = np.arange(num_experts) // each
+    ranks = everything(topology)
+    return rows_of_group(topology, ranks, counts_pN, forward_pMM, rank_of_N, 1024, tokens)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(TREES), st.integers(0, 10_000))
+def test_one_step_takes_what_its_most_loaded_link_needs(shape, seed):
+    topology = tree(shape)
+    bytes_pp = random_bytes(topology, seed)
+    rows = Rows(everything(topology), [bytes_pp])
+    predicted = predict(topology, "flat single", "dispatch", [rows], Constants())
+    assert predicted.time_s == pytest.approx(bound_s(topology, bytes_pp), rel=0.011)
+    back = predict(topology, "flat single", "combine", [rows], Constants())
+    assert back.time_s == pytest.approx(bound_s(topology, bytes_pp.T), rel=0.011)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(TREES), st.integers(0, 10_000))
+def test_rounds_lie_between_the_bound_and_rounds_that_wait_for_all(shape, seed):
+    topology = tree(shape)
+    rows = Rows(everything(topology), [random_bytes(topology, seed)])
+    time_s = predict(topology, "flat rounds", "dispatch", [rows], Constants()).time_s
+    node_of, num_nodes = np.array(topology.node_of), len(topology.nodes)
+    apart_pp = (node_of[None, :] - node_of[:, None]) % num_nodes
+    waiting_s = sum(bound_s(topology, rows.hops_pp[0] * (apart_pp == r)) for r in range(num_nodes))
+    # Not waiting costs a little where a later round takes bandwidth from an earlier one.
+    assert bound_s(topology, rows.hops_pp[0]) * 0.99 <= time_s <= waiting_s * 1.25 + 1e-9
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shape", TREES[:4], ids=str)
+def test_hierarchical_moves_its_hops_whole_and_pipelines_them(shape, way):
+    topology = tree(shape)
+    rows = random_rows(topology, 1)["hierarchical", way]
+    hops_pp = rows.hops_pp if way == "dispatch" else [hop_pp.T for hop_pp in rows.hops_pp]
+    least_s = max(bound_s(topology, sum(hops_pp)), max(bound_s(topology, h) for h in hops_pp))
+    whole = dataclasses.replace(rows, parts=(1.0,))
+    apart = dataclasses.replace(rows, parts=part_shares(6))
+    times = [
+        predict(topology, "hierarchical", way, [given], Constants()).time_s
+        for given in (whole, apart)
+    ]
+    assert least_s * 0.98 <= times[1] <= times[0] * 1.001
+    busy = predict(topology, "hierarchical", way, [apart], Constants()).busy_s
+    uplink_s = {
+        (link.source, link.target): load / link.bandwidth_bytes_per_s
+        for link, load in zip(
+            topology.links,
+            topology.incidence @ (sum(hops_pp) * (1 - np.eye(len(hops_pp[0])))).ravel(),
+            strict=True,
+        )
+        if link.level and load
+    }
+    for ends, seconds in uplink_s.items():  # all bytes crossed, and no link was over its rate
+        assert busy[ends] >= seconds * 0.99
+
+
+def test_groups_share_the_links_between_nodes():
+    topology = tree("2x2")
+    alone = [Rows((0, 2), [np.array([[0.0, 1e6], [1e6, 0.0]])])]
+    both = [*alone, Rows((1, 3), [np.array([[0.0, 1e6], [1e6, 0.0]])])]
+    times = [
+        predict(topology, "flat rounds", "dispatch", given, Constants()).time_s
+        for given in (alone, both)
+    ]
+    assert times == pytest.approx([0.1, 0.2], rel=0.01)
+
+
+def test_an_idle_bucket_gives_its_burst_once():
+    topology = ClusterSpec.parse("2x1:200mbit").topology()
+    rate = topology.uplink_bytes_per_s(0)[0]
+    step = Step(((0, 1, 1e6),))
+    once, twice = (run_steps(topology, [[step] * n, [step] * n]).time_s for n in (1, 2))
+    assert once == pytest.approx((1e6 - 131072) / rate, rel=1e-6)
+    assert twice == pytest.approx((2e6 - 131072) / rate, rel=1e-6)
+    together = run_steps_together(topology, [[step] * 2] * 2).time_s
+    assert together == pytest.approx(twice, rel=1e-6)
+
+
+def test_a_bucket_fills_again_while_its_link_rests():
+    topology = ClusterSpec.parse("2x1:200mbit").topology()
+    rate = topology.uplink_bytes_per_s(0)[0]
+    steps = [Step(((0, 1, 1e6),)), Step(work_s=1.0), Step(((0, 1, 1e6),))]
+    assert run_steps(topology, [steps, steps]).time_s == pytest.approx(
+        1.0 + 2 * (1e6 - 131072) / rate
+    )
+
+
+def test_both_directions_at_once_slow_each_other_by_the_duplex_share():
+    topology = tree("2x1")
+    there, back = (0, 1, 1e6), (1, 0, 1e6)
+    one, two = (
+        run_steps(topology, [[Step(flows)]] * 2, duplex_share=0.8).time_s
+        for flows in ((there,), (there, back))
+    )
+    assert (one, two) == pytest.approx((0.1, 0.125))
+
+
+def test_work_beside_flows_hides_behind_the_longer_of_both():
+    topology = tree("2x1")
+    for work_s, expected in ((0.05, 0.1), (0.3, 0.3)):
+        steps = [Step(((0, 1, 1e6),), work_s)]
+        assert run_steps(topology, [steps, steps]).time_s == pytest.approx(expected)
+        assert run_steps_together(topology, [steps, steps]).time_s == pytest.approx(expected)
+
+
+def test_fair_rates_leave_no_flow_that_could_have_more():
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        incidence_FL = (generator.random((6, 4)) < 0.5) * 1.0
+        incidence_FL[~incidence_FL.any(1), 0] = 1.0
+        capacity_L, weight_F = generator.random(4) + 0.1, generator.random(6) + 0.1
+        rate_F = fair_rates(incidence_FL, capacity_L, weight_F)
+        load_L = rate_F @ incidence_FL
+        assert (load_L <= capacity_L * (1 + 1e-9)).all()
+        for flow, rate in enumerate(rate_F):  # on some full link no flow has more for its weight
+            full = (incidence_FL[flow] > 0) & (load_L >= capacity_L * (1 - 1e-9))
+            most = [
+                (rate_F / weight_F)[incidence_FL[:, link] > 0].max()
+                for link in np.flatnonzero(full)
+            ]
+            assert any(rate / weight_F[flow] >= value * (1 - 1e-9) for value in most)
+
+
+def test_constants_add_up():
+    topology = tree("2x1")
+    rows = [Rows((0, 1), [np.array([[0.0, 1e6], [0.0, 0.0]])])]
+    constants = Constants(start_s=1.0, message_s=0.25, work_s_per_byte=1e-6, at_once=1)
+    # Packing and arranging: half the work of 2 ranks on one core, each; the message has two ends.
+    predicted = predict(topology, "flat single", "dispatch", rows, constants)
+    assert predicted.time_s == pytest.approx(1.0 + 0.5 + 2 * 1.0 + 0.1)
+    own = predict(
+        topology, "flat single", "dispatch", rows, dataclasses.replace(constants, at_once=None)
+    )
+    assert own.time_s == pytest.approx(1.0 + 0.25 + 2 * 0.5 + 0.1)
+
+
+def test_constants_travel_with_the_topologys_file(tmp_path):
+    topology = tree("2x2")
+    given = {
+        (e, w): Constants(i, 1e-3, 2e-9, 0.9, 2)
+        for i, (e, w) in enumerate(itertools.product(EXCHANGES, WAYS))
+    }
+    with_constants(topology, given).save(tmp_path / "t.json")
+    assert read_constants(Topology.load(tmp_path / "t.json")) == given
+    assert read_constants(topology) == {}
+    broken = dataclasses.replace(
+        topology, extra={FILE_KEY: {"flat single": {"dispatch": {"x": 1}}}}
+    )
+    with pytest.raises(InputError, match="exchange_constants"):
+        read_constants(broken)
+
+
+def test_unknown_exchanges_and_ways_are_refused():
+    topology = tree("2x1")
+    with pytest.raises(InputError, match="exchange is 'flat'"):
+        predict(topology, "flat", "dispatch", [])
+    with pytest.raises(InputError, match="way is 'back'"):
+        predict(topology, "flat single", "back", [])
+
+
+def test_measured_constants_decide_between_exchanges():
+    topology = tree("2x2")
+    workload = Workload(
+        tokens_per_rank=512, top_k=2, hidden_size=256, element_bytes=4, experts_per_rank=4
+    )
+    counts_PN = np.full((4, 16), 64.0)
+    for best in EXCHANGES:
+        constants = {
+            (exchange, way): Constants(start_s=0.0 if exchange == best else 10.0)
+            for exchange, way in itertools.product(EXCHANGES, WAYS)
+        }
+        choice = choose_exchange(with_constants(topology, constants), workload, counts_PN)
+        assert (
+            choice.reason.startswith(f"{best}: ")
+            and min(choice.seconds, key=choice.seconds.get) == best
+        )
+        assert " ".join(filter(None, [choice.kind, choice.schedule])) == best
+        assert "link" in choice.reason
+
+
+def test_combine_loads_the_opposite_links():
+    topology = tree("2x1")
+    rows = [Rows((0, 1), [np.array([[0.0, 1e6], [0.0, 0.0]])])]
+    there, back = (predict(topology, "flat rounds", way, rows, Constants()) for way in WAYS)
+    assert set(back.busy_s) == {(target, source) for source, target in there.busy_s}
+
+
+def test_combine_mirrors_dispatch_in_time():
+    topology = tree("2x2")
+    rows = random_rows(topology, 3)["hierarchical", "combine"]  # as many bytes both ways
+    parted = dataclasses.replace(rows, parts=part_shares(4))
+    constants = Constants(work_s_per_byte=5e-8)
+    times = [predict(topology, "hierarchical", way, [parted], constants).time_s for way in WAYS]
+    assert times[1] == pytest.approx(times[0], rel=0.03)
+    bare_s = predict(topology, "hierarchical", "combine", [parted], Constants()).time_s
+    assert times[1] > 1.02 * bare_s  # the work shows
