@@ -25,7 +25,8 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from tamoe.calibration import Case, Groups, Measured, fit, measure
+from tamoe.calibration import CALIBRATED_ON, CALIBRATION, Measured, fit, measure
+from tamoe.cases import EXPERTS_PER_RANK, HIDDEN_SIZE, Case, Groups, make_case, sized
 from tamoe.progress import progress_line
 from tamoe.solver import Workload, solve
 from tamoe.solver.constants import with_constants
@@ -38,11 +39,8 @@ from tamoe.topology.spec import ClusterSpec
 SCHEMA, SCHEMA_VERSION = "tamoe.experiment.predicted", "1.0"
 LEAST_S, LEAST_BYTES = 5e-3, 1e6
 NEAR = 0.05  # of the fastest, for a good choice
-HIDDEN_SIZE, EXPERTS_PER_RANK, MOST_TOKENS = 256, 4, 4096
-# MB on the busiest link, and experts of each token.
-CALIBRATED_ON, SCORED_ON = ((1.5, 8), (4.0, 2)), ((2.0, 2), (6.0, 8))
-QUICK_ON = ((1.0, 2), (2.0, 2))
-CALIBRATION = ("even", "uneven", "local 8", "one-hot")
+# Seconds that the busiest link is to be busy, and experts of each token.
+SCORED_ON, QUICK_ON = ((0.09, 2), (0.25, 8)), ((0.05, 2), (0.1, 2))
 SCORED = ("even", "uneven", "local 4", "target", "one-hot", "empty")
 _TIMEOUT_S = 1200.0
 _4X2, _STRIDED = "4x2:200mbit", ((0, 2, 4, 6), (1, 3, 5, 7))
@@ -58,50 +56,29 @@ CLUSTERS: dict[str, tuple[str, Groups | None]] = {
 app = typer.Typer(add_completion=False)
 
 
-# ---- what is exchanged ------------------------------------------------------------------------
-
-
-def make_case(
-    topology: Topology, groups: Groups, name: str, link_mb: float, top_k: int, seed: int
-) -> Case:
-    """A routing whose flat exchange has so many MB on its busiest link.
-
-    ``name`` is one of :data:`CALIBRATION` or :data:`SCORED`; "local 4": experts on the own node 4
-    times as likely.
-    """
+def target_case(topology: Topology, groups: Groups, link_s: float, top_k: int) -> Case:
+    """Routing after the entropic target of a plan."""
     local = topology.subset(groups[0])
-    num_experts = local.num_ranks * EXPERTS_PER_RANK
-    generator = np.random.default_rng(seed)
-    weight_pN = np.ones((local.num_ranks, num_experts))
-    if name == "uneven":
-        weight_pN = np.exp(1.5 * generator.normal(size=weight_pN.shape))
-    elif name.startswith("local"):
-        near = np.array([local.node_of[e // EXPERTS_PER_RANK] for e in range(num_experts)])
-        same_pN = near[None, :] == np.array(local.node_of)[:, None]
-        weight_pN = np.where(same_pN, float(name.split()[1]), 1.0)
-    elif name == "target":
-        workload = Workload(1024, top_k, HIDDEN_SIZE, 4, EXPERTS_PER_RANK)
-        weight_pN = solve(local, workload, method="entropic", kl=0.5).target_PN
-    elif name == "one-hot":
-        weight_pN = np.tile(1.0 * (np.arange(num_experts) < top_k), (local.num_ranks, 1))
-    elif name == "empty":
-        weight_pN = np.zeros_like(weight_pN)
-    tokens = _tokens(topology, groups, weight_pN, link_mb, top_k)
-    return Case(f"{name}, {link_mb:g} MB, top-{top_k}", tokens, top_k, HIDDEN_SIZE, weight_pN)
+    workload = Workload(1024, top_k, HIDDEN_SIZE, 4, EXPERTS_PER_RANK)
+    weight_pN = solve(local, workload, method="entropic", kl=0.5).target_PN
+    name = f"target, {link_s:g} s, top-{top_k}"
+    return sized(topology, groups, name, weight_pN, link_s, top_k)
 
 
-def _tokens(
-    topology: Topology, groups: Groups, weight_pN: np.ndarray, link_mb: float, top_k: int
-) -> int:
-    share_pN = weight_pN / np.maximum(weight_pN.sum(1, keepdims=True), 1e-300)
-    share_pp = share_pN.reshape(len(weight_pN), len(weight_pN), -1).sum(2)
-    token_PP = np.zeros((topology.num_ranks, topology.num_ranks))
-    for ranks in groups:
-        token_PP[np.ix_(ranks, ranks)] = share_pp * top_k * HIDDEN_SIZE * 4
-    np.fill_diagonal(token_PP, 0.0)
-    level_L = np.array([link.level for link in topology.links])
-    load_L = (topology.incidence @ token_PP.ravel())[level_L > 0]
-    return int(np.clip(link_mb * 1e6 / max(load_L.max(), 1.0), 8, MOST_TOKENS))
+def cases_of(
+    topology: Topology,
+    groups: Groups,
+    names: Sequence[str],
+    ons: Sequence[tuple[float, int]],
+    seed: int,
+) -> list[Case]:
+    """Every routing in every size."""
+    return [
+        target_case(topology, groups, *on)
+        if name == "target"
+        else make_case(topology, groups, name, *on, seed=seed)
+        for name, on in itertools.product(names, ons)
+    ]
 
 
 # ---- measuring and scoring --------------------------------------------------------------------
@@ -190,13 +167,8 @@ def main(
     for number, (cluster, (spec, some)) in enumerate(chosen.items()):
         topology = ClusterSpec.parse(spec).topology()
         groups = some or (tuple(range(topology.num_ranks)),)
-        scored, fitted = (
-            [make_case(topology, groups, name, *on, seed + number) for name in names for on in ons]
-            for names, ons, seed in (
-                (SCORED, QUICK_ON if quick else SCORED_ON, 100),
-                (CALIBRATION, QUICK_ON if quick else CALIBRATED_ON, 10),
-            )
-        )
+        scored = cases_of(topology, groups, SCORED, QUICK_ON if quick else SCORED_ON, 100 + number)
+        fitted = cases_of(topology, groups, CALIBRATION, QUICK_ON if quick else CALIBRATED_ON, 1)
         cases = scored if spec in constants else [*fitted, *scored]
         print(f"{cluster}: {len(cases)} routings", flush=True)
         measured = run_ranks(

@@ -20,26 +20,20 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from tamoe.cases import Case, Groups, make_case, routing
 from tamoe.exchange import Exchange
+from tamoe.groups import works_by_gloo
 from tamoe.relays import plan_forwarding
 from tamoe.solver import exchange_cost
-from tamoe.solver.constants import Constants
+from tamoe.solver.constants import Constants, with_constants
 from tamoe.solver.exchange_cost import EXCHANGES, WAYS, Rows, predict, rows_of_group
 from tamoe.solver.relays import make_relays, sum_groups
 from tamoe.topology.graph import Topology
 
-Groups = tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Case:
-    """Tokens of every rank and how likely each of its experts is; distinct experts for a token."""
-
-    name: str
-    tokens: int
-    top_k: int
-    hidden_size: int
-    weight_pN: np.ndarray  # by place in the group; a row may be all 0: no tokens
+# Seconds that the busiest link is to be busy, and experts of each token.
+CALIBRATED_ON = ((0.06, 8), (0.16, 2))
+CALIBRATION = ("even", "uneven", "local 8", "one-hot")
+REPETITIONS = 9
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,15 +47,41 @@ class Measured:
     groups: tuple[Rows, ...]
 
 
-def routing(case: Case, place: int, seed: int) -> torch.Tensor:
-    """Experts of the tokens of the rank at a place of its group, ``[T, K]``."""
-    weight_N = torch.tensor(case.weight_pN[place], dtype=torch.float64)
-    tokens = case.tokens if bool(weight_N.any()) else 0
-    generator = torch.Generator().manual_seed(seed)
-    # Smallest exponential variates: a draw without replacement by weight.
-    draw_TN = torch.empty(tokens, len(weight_N), dtype=torch.float64)
-    draw_TN = draw_TN.exponential_(generator=generator) / weight_N.clamp_min(1e-300)
-    return draw_TN.topk(case.top_k, largest=False).indices
+def calibrate(
+    rank: int,
+    topology: Topology,
+    *,
+    at_once: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Topology:
+    """The topology with constants of every exchange, measured on it; every rank calls it.
+
+    Parameters
+    ----------
+    rank, topology
+        This rank, and its cluster.
+    at_once
+        Ranks that can work at the same time: the cores of an emulated cluster; None: all.
+    progress
+        Called with the number of routings done and of all.
+
+    Returns
+    -------
+    Topology
+        The same on all ranks. Unchanged where there is one node: nothing is there to choose.
+    """
+    if len(topology.nodes) == 1:
+        return topology
+    groups = (tuple(range(topology.num_ranks)),)
+    cases = [
+        make_case(topology, groups, name, *on, seed=1)
+        for name, on in itertools.product(CALIBRATION, CALIBRATED_ON)
+    ]
+    show = None if progress is None else lambda done: progress(done, len(cases))
+    measured = measure(rank, topology, groups, cases, REPETITIONS, show)
+    found: list[Any] = [fit(topology, measured, at_once) if rank == 0 else None]
+    dist.broadcast_object_list(found)
+    return with_constants(topology, found[0])
 
 
 def measure(
@@ -101,25 +121,30 @@ def measure(
         "flat rounds": Exchange(local, group=group, kind="flat", schedule="rounds"),
         "hierarchical": Exchange(local, group=group, kind="hierarchical"),
     }
+    on_gpu = group is not None and not works_by_gloo(group)
+    device = torch.device("cuda" if on_gpu else "cpu")
+    finish = torch.cuda.synchronize if on_gpu else lambda: None
     measured: list[Measured] = []
     for done, case in enumerate(cases):
         place = members.index(rank)
         index_TK = routing(case, place, 1000 * done + rank)
         moved = _moved(topology, local, members, case, index_TK)
-        x_TD = torch.randn(len(index_TK), case.hidden_size)
-        weight_TK = torch.rand(index_TK.shape)
+        x_TD = torch.randn(len(index_TK), case.hidden_size, device=device)
+        weight_TK, index_TK = torch.rand(index_TK.shape, device=device), index_TK.to(device)
         num_experts = case.weight_pN.shape[1]
         seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in exchanges}
         for name, exchange in itertools.chain(*[exchanges.items()] * (repetitions + 1)):
             dist.barrier()
             began_s = time.perf_counter()
             row_RD, handle = exchange.dispatch(x_TD, index_TK, weight_TK, num_experts=num_experts)
+            finish()
             dispatch_s = time.perf_counter() - began_s
             dist.barrier()
             began_s = time.perf_counter()
             exchange.combine(row_RD, handle)
+            finish()
             seconds[name].append((dispatch_s, time.perf_counter() - began_s))
-        last = torch.tensor([seconds[name][1:] for name in exchanges])
+        last = torch.tensor([seconds[name][1:] for name in exchanges], device=device)
         dist.all_reduce(last, dist.ReduceOp.MAX)
         for exchange_number, kind in enumerate(EXCHANGES):
             for way_number, way in enumerate(WAYS):

@@ -102,6 +102,13 @@ def probe(
     ranks: Annotated[
         int | None, typer.Option(help="Ranks on this host; default one a GPU, or one a core.")
     ] = None,
+    exchange: Annotated[
+        bool,
+        typer.Option(
+            "--exchange",
+            help="Time the exchanges as well, so that plans of the file choose between them.",
+        ),
+    ] = False,
     json_output: Json = False,
 ) -> None:
     """Measure the links between ranks and write them as a graph.
@@ -117,7 +124,7 @@ def probe(
     """
     from tamoe.probe_command import file_of, run_probe
 
-    topology = run_probe(cluster, output, budget_s=budget_s, ranks=ranks)
+    topology = run_probe(cluster, output, budget_s=budget_s, ranks=ranks, exchange=exchange)
     if topology is None:  # another rank of a running job; rank 0 prints
         return
     if json_output:

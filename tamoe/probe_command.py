@@ -7,6 +7,7 @@ import itertools
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,11 +34,13 @@ def run_probe(
     *,
     budget_s: float | None = None,
     ranks: int | None = None,
+    exchange: bool = False,
 ) -> Topology | None:
     """Measure and write the file; None on the ranks of a running job that do not print.
 
     Only a complete measurement is written to ``output``. What there is of an incomplete one goes
     to a name of its own beside it, see :func:`file_of`, so that it never takes a good file's place.
+    With ``exchange`` the file also gets the constants of the exchanges' cost model.
 
     Raises
     ------
@@ -65,9 +68,9 @@ def run_probe(
     before = _version(partial)
     try:
         if job is not None:
-            topology = _probe_job(job, partial, budget_s)
+            topology = _probe_job(job, partial, budget_s, exchange)
         else:
-            topology = _probe_own_ranks(cluster, ranks, output, budget_s)
+            topology = _probe_own_ranks(cluster, ranks, output, budget_s, exchange)
     except KeyboardInterrupt:
         raise StoppedError(f"probe stopped{_kept(partial, before)}") from None
     except RankError as error:
@@ -135,7 +138,9 @@ def job_environment(environment: Mapping[str, str]) -> dict[str, str] | None:
     return None
 
 
-def _probe_job(job: dict[str, str], partial: Path, budget_s: float | None) -> Topology | None:
+def _probe_job(
+    job: dict[str, str], partial: Path, budget_s: float | None, exchange: bool
+) -> Topology | None:
     import torch
     import torch.distributed as dist
 
@@ -152,13 +157,13 @@ def _probe_job(job: dict[str, str], partial: Path, budget_s: float | None) -> To
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if gpu else "gloo", device_id=device)
     try:
-        return _probe_rank(dist.get_rank(), str(partial), budget_s)
+        return _probe_rank(dist.get_rank(), str(partial), budget_s, exchange, None)
     finally:
         dist.destroy_process_group()
 
 
 def _probe_own_ranks(
-    cluster: str | None, ranks: int | None, output: Path, budget_s: float | None
+    cluster: str | None, ranks: int | None, output: Path, budget_s: float | None, exchange: bool
 ) -> Topology:
     from tamoe.topology.ranks import run_ranks
     from tamoe.topology.spec import ClusterSpec
@@ -173,7 +178,7 @@ def _probe_own_ranks(
             )
         print(f"probe: starting {counted(target.num_ranks, 'rank')} on {target}", file=sys.stderr)
     elif _visible_gpus():
-        return _probe_own_gpus(ranks or _visible_gpus(), output, budget_s)
+        return _probe_own_gpus(ranks or _visible_gpus(), output, budget_s, exchange)
     else:
         target = ranks or max(2, os.cpu_count() or 2)
         print(
@@ -182,7 +187,10 @@ def _probe_own_ranks(
             file=sys.stderr,
         )
     partial = str(partial_file(output))
-    results = run_ranks(target, _probe_rank, partial, budget_s, timeout_s=PROBE_TIMEOUT_S)
+    cores = os.cpu_count()  # all ranks share them, whatever the nodes
+    results = run_ranks(
+        target, _probe_rank, partial, budget_s, exchange, cores, timeout_s=PROBE_TIMEOUT_S
+    )
     topology: Topology = results[0]
     if cluster is None:
         return topology
@@ -191,13 +199,14 @@ def _probe_own_ranks(
     return dataclasses.replace(topology, provenance=label)
 
 
-def _probe_own_gpus(ranks: int, output: Path, budget_s: float | None) -> Topology:
+def _probe_own_gpus(ranks: int, output: Path, budget_s: float | None, exchange: bool) -> Topology:
     """One rank a GPU under torchrun, where the group is NCCL's and CUDA starts in each rank."""
     partial = partial_file(output)
     before = _version(partial)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(ranks), "-m", "tamoe", "probe", "-o", str(output)]
     command += [] if budget_s is None else ["--budget-s", str(budget_s)]
+    command += ["--exchange"] if exchange else []
     if subprocess.run(command, stdout=subprocess.DEVNULL).returncode != 0:
         raise ProbeError(f"probe of {ranks} GPUs failed; what the ranks said stands above")
     return Topology.load(output if _version(partial) in (None, before) else partial)
@@ -220,8 +229,22 @@ def _visible_gpus() -> int:
     return min(count, sum(1 for _ in itertools.takewhile(lambda n: n not in ("", "-1"), named)))
 
 
-def _probe_rank(rank: int, partial: str, budget_s: float | None) -> Topology | None:
+def _probe_rank(
+    rank: int, partial: str, budget_s: float | None, exchange: bool, at_once: int | None
+) -> Topology | None:
     from tamoe.topology.probing import probe
 
-    topology = probe(budget_s=budget_s, progress=progress_line("probe"), partial_path=partial)
+    show = progress_line("probe")
+    topology = probe(budget_s=budget_s, progress=show, partial_path=partial)
+    if exchange and topology.provenance.get("status", "complete") == "complete":
+        from tamoe.calibration import calibrate
+
+        began_s = time.monotonic()
+
+        def progress(done: int, total: int) -> None:
+            if rank == 0:
+                left_s = (time.monotonic() - began_s) / done * (total - done)
+                show("exchanges", done, total, left_s)
+
+        topology = calibrate(rank, topology, at_once=at_once, progress=progress)
     return topology if rank == 0 else None
