@@ -4,12 +4,12 @@ Run it (about half an hour on two cores; ``--quick`` for one small cluster)::
 
     python -m tamoe.experiments.predicted -o predicted.json
 
-On each cluster every exchange runs on some routings, in turns. Constants are fitted on the even,
-uneven, local and one-hot ones of two sizes; what is scored are other draws, other sizes, another
-locality, routing after a plan's target, and several expert-parallel groups at the same time, for
-which nothing was fitted. Only times of at least 5 ms that have at least 1 MB on the busiest link
-are scored: an idle token bucket hides less. It is also counted how often the exchange that the
-model prefers is within 5 % of the fastest.
+On each cluster every exchange runs on some routings, in turns. Constants are fitted on even,
+uneven, local and one-hot ones; what is scored are other draws, other sizes, another locality,
+routing after a plan's target, and several expert-parallel groups at the same time, for which
+nothing was fitted. Only times of at least 5 ms that have at least 1 MB on the busiest link are
+scored: an idle token bucket hides less. It is also counted how often the exchange that the model
+prefers is within 5 % of the fastest.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from tamoe.calibration import CALIBRATED_ON, CALIBRATION, Measured, fit, measure
+from tamoe.calibration import Measured, calibration_cases, fit, measure
 from tamoe.cases import EXPERTS_PER_RANK, HIDDEN_SIZE, Case, Groups, make_case, sized
 from tamoe.progress import progress_line
 from tamoe.solver import Workload, solve
@@ -168,7 +168,7 @@ def main(
         topology = ClusterSpec.parse(spec).topology()
         groups = some or (tuple(range(topology.num_ranks)),)
         scored = cases_of(topology, groups, SCORED, QUICK_ON if quick else SCORED_ON, 100 + number)
-        fitted = cases_of(topology, groups, CALIBRATION, QUICK_ON if quick else CALIBRATED_ON, 1)
+        fitted = calibration_cases(topology)
         cases = scored if spec in constants else [*fitted, *scored]
         print(f"{cluster}: {len(cases)} routings", flush=True)
         measured = run_ranks(

@@ -32,7 +32,7 @@ from tamoe.topology.graph import Topology
 
 # Seconds that the busiest link is to be busy, and experts of each token.
 CALIBRATED_ON = ((0.06, 8), (0.16, 2))
-CALIBRATION = ("even", "uneven", "local 8", "one-hot")
+CALIBRATION = ("even", "uneven", "local 8", "local 64", "one-hot")
 REPETITIONS = 9
 
 
@@ -45,6 +45,14 @@ class Measured:
     way: exchange_cost.Way
     seconds: float
     groups: tuple[Rows, ...]
+
+
+def calibration_cases(topology: Topology) -> list[Case]:
+    """Routings that tell the constants apart: links, work and messages count in turn."""
+    groups = (tuple(range(topology.num_ranks)),)
+    sized = itertools.product(CALIBRATION, CALIBRATED_ON)
+    cases = [make_case(topology, groups, name, *on, seed=1) for name, on in sized]
+    return [make_case(topology, groups, "even", 0.001, 1, seed=1), *cases]
 
 
 def calibrate(
@@ -73,10 +81,7 @@ def calibrate(
     if len(topology.nodes) == 1:
         return topology
     groups = (tuple(range(topology.num_ranks)),)
-    cases = [
-        make_case(topology, groups, name, *on, seed=1)
-        for name, on in itertools.product(CALIBRATION, CALIBRATED_ON)
-    ]
+    cases = calibration_cases(topology)
     show = None if progress is None else lambda done: progress(done, len(cases))
     measured = measure(rank, topology, groups, cases, REPETITIONS, show)
     found: list[Any] = [fit(topology, measured, at_once) if rank == 0 else None]
