@@ -1,13 +1,17 @@
 """The flat exchange: each (token, choice) row goes straight to the rank of its expert.
 
+Many rows travel in slices, each a part of the rows of every pair of ranks: a slice is packed when
+its turn comes and put in place when it arrives, so that rows are held once, not three times.
+
 Shape suffixes: T tokens, E experts of a rank, P ranks, D hidden size, n rows sent (choices that
-were not dropped), R rows received.
+were not dropped), R rows received, m rows of a slice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,15 +24,30 @@ from tamoe.schedules import Mover
 from tamoe.summation import SumPlan, add_up, plan_sum
 
 
+# Slices cost messages and waits, so they are of a size that hides them; with 8 of them what is under
+# way is a quarter of the rows sent.
+SLICE_BYTES = 2**22
+MOST_SLICES = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """Rows that travel together."""
+
+    send_splits: list[int]  # rows for each rank
+    receive_splits: list[int]  # rows from each rank
+    sent_m: torch.Tensor | None  # which rows, in the order of sending; None: all
+    place_m: torch.Tensor | None  # of what arrives, in expert order; None: as it arrives, all
+
+
 @dataclass(frozen=True, eq=False)
 class FlatRoute:
     """How the rows of one dispatch travel."""
 
     mover: Mover
-    send_splits: tuple[int, ...]  # rows for each rank
-    receive_splits: tuple[int, ...]  # rows from each rank
+    slices: tuple[Slice, ...]
+    num_rows: int  # received
     token_n: torch.Tensor  # token of each row; rows are sorted by expert, then by token
-    arrangement_R: torch.Tensor | None  # place, as received, of each row in expert order
     sum_plan: SumPlan
     weight_n: torch.Tensor | None  # factor of each row, with its graph
 
@@ -42,17 +61,49 @@ class FlatRoute:
         out_TD: torch.Tensor = _Combine.apply(row_RD, weight_n, self)
         return out_TD
 
-    def send(self, row_nD: torch.Tensor, phase: Phase) -> torch.Tensor:
-        """From the order of sending to the order of this rank's experts."""
-        row_RD = self.mover.move(row_nD, self.send_splits, self.receive_splits, phase)
-        return row_RD if self.arrangement_R is None else gather_rows(row_RD, self.arrangement_R)
+    def send(
+        self, x_TD: torch.Tensor, phase: Phase, weight_n: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """From tokens, times their weights, to rows in the order of this rank's experts."""
+        row_RD = x_TD.new_empty(self.num_rows, x_TD.shape[1])
+        for part in self.slices:
+            arrived_mD = self.mover.move(
+                self._packed(x_TD, weight_n, part.sent_m),
+                part.send_splits,
+                part.receive_splits,
+                phase,
+            )
+            if part.place_m is None:
+                return arrived_mD
+            copy_rows_(row_RD, arrived_mD, None, part.place_m)
+            del arrived_mD  # before the next slice
+        return row_RD
+
+    def _packed(
+        self, x_TD: torch.Tensor, weight_n: torch.Tensor | None, sent_m: torch.Tensor | None
+    ) -> torch.Tensor:
+        token_m, weight_m = self.token_n, weight_n
+        if sent_m is not None:
+            token_m = token_m[sent_m]
+            weight_m = None if weight_n is None else weight_n[sent_m]
+        row_mD = gather_rows(x_TD, token_m)
+        return row_mD if weight_m is None else weigh(row_mD, weight_m)
 
     def send_back(self, row_RD: torch.Tensor, phase: Phase) -> torch.Tensor:
         """From the order of this rank's experts back to the order of sending."""
-        if self.arrangement_R is not None:
-            in_expert_order_RD, row_RD = row_RD, torch.empty_like(row_RD)
-            copy_rows_(row_RD, in_expert_order_RD, None, self.arrangement_R)
-        return self.mover.move(row_RD, self.receive_splits, self.send_splits, phase)
+        row_nD = row_RD.new_empty(len(self.token_n), row_RD.shape[1])
+        for part in self.slices:
+            arrived_mD = self.mover.move(
+                row_RD if part.place_m is None else gather_rows(row_RD, part.place_m),
+                part.receive_splits,
+                part.send_splits,
+                phase,
+            )
+            if part.sent_m is None:
+                return arrived_mD
+            copy_rows_(row_nD, arrived_mD, None, part.sent_m)
+            del arrived_mD  # before the next slice
+        return row_nD
 
 
 def plan_flat(
@@ -63,6 +114,7 @@ def plan_flat(
     sent_PE: Sequence[Sequence[int]],
     received_PE: Sequence[Sequence[int]],
     groups: Sequence[Sequence[int]],
+    num_slices: int = 1,
 ) -> FlatRoute:
     """Plan both ways.
 
@@ -78,17 +130,68 @@ def plan_flat(
         Rows for the experts of each rank, and from each rank for the experts of this one.
     groups
         Group of each rank at each level of the sum.
+    num_slices
+        Slices that the rows travel in, >= 1, the same on all ranks; from :func:`slices_for`.
     """
-    send_splits = tuple(map(sum, sent_PE))
+    send_splits = [*map(sum, sent_PE)]
+    arrangement_R = arrangement(list(enumerate(received_PE)), token_n.device)
     return FlatRoute(
         mover=mover,
-        send_splits=send_splits,
-        receive_splits=tuple(map(sum, received_PE)),
+        slices=_slices(send_splits, [*map(sum, received_PE)], arrangement_R, num_slices, token_n),
+        num_rows=sum(map(sum, received_PE)),
         token_n=token_n,
-        arrangement_R=arrangement(list(enumerate(received_PE)), token_n.device),
         sum_plan=plan_sum(token_n, repeated(send_splits, token_n.device), num_tokens, groups),
         weight_n=weight_n,
     )
+
+
+def slices_for(num_bytes: int) -> int:
+    """Slices for a dispatch in which a rank sends at most so many bytes.
+
+    >>> slices_for(0), slices_for(2**24), slices_for(2**30)
+    (1, 4, 8)
+    """
+    return min(max(num_bytes // SLICE_BYTES, 1), MOST_SLICES)
+
+
+def _slices(
+    send_splits: list[int],
+    receive_splits: list[int],
+    arrangement_R: torch.Tensor | None,
+    num_slices: int,
+    like: torch.Tensor,
+) -> tuple[Slice, ...]:
+    place_R = None
+    if arrangement_R is not None:
+        place_R = torch.empty_like(arrangement_R)
+        place_R[arrangement_R] = torch.arange(len(place_R), device=like.device)
+    if num_slices == 1:
+        return (Slice(send_splits, receive_splits, None, place_R),)
+    slices = []
+    ways = (sliced(splits, num_slices, like.device) for splits in (send_splits, receive_splits))
+    for (sends, sent_m), (receives, received_m) in zip(*ways, strict=True):
+        place_m = received_m if place_R is None else place_R[received_m]
+        slices.append(Slice(sends, receives, sent_m, place_m))
+    return tuple(slices)
+
+
+def sliced(
+    splits: Sequence[int], num_slices: int, device: torch.device
+) -> list[tuple[list[int], torch.Tensor]]:
+    """For each slice its splits, and which rows are in it; both ends of a pair cut alike.
+
+    >>> [(part, row.tolist()) for part, row in sliced([3, 2], 2, torch.device("cpu"))]
+    [([1, 1], [0, 3]), ([2, 1], [1, 2, 4])]
+    """
+    begins_P = [[c * number // num_slices for c in splits] for number in range(num_slices + 1)]
+    parts = [[b - a for a, b in zip(*pair, strict=True)] for pair in pairwise(begins_P)]
+    count_P = torch.tensor(splits, dtype=torch.int64, device=device)
+    rank_n = repeated(splits, device)
+    end_n = torch.arange(1, len(rank_n) + 1, device=device) - (count_P.cumsum(0) - count_P)[rank_n]
+    # The slice of a pair's row j of c is the last one that begins at or before it.
+    slice_n = (end_n * num_slices - 1) // count_P[rank_n]
+    order_n = torch.argsort(slice_n, stable=True)
+    return list(zip(parts, order_n.split([*map(sum, parts)]), strict=True))
 
 
 def repeated(counts: Sequence[int], device: torch.device) -> torch.Tensor:
@@ -127,7 +230,7 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: torch.Tensor, route: FlatRoute) -> torch.Tensor:
         ctx.route = route
-        return route.send(gather_rows(x_TD, route.token_n), "dispatch")
+        return route.send(x_TD, "dispatch")
 
     @staticmethod
     @once_differentiable
@@ -148,20 +251,24 @@ class _Combine(torch.autograd.Function):
         ctx: Any, row_RD: torch.Tensor, weight_n: torch.Tensor | None, route: FlatRoute
     ) -> torch.Tensor:
         ctx.route, ctx.weighted = route, weight_n is not None
-        row_nD = route.send_back(row_RD.contiguous(), "combine")
-        if weight_n is None:
-            return add_up(row_nD, route.sum_plan)
-        ctx.save_for_backward(row_nD if ctx.needs_input_grad[1] else None, weight_n)
+        row_RD = row_RD.contiguous()
+        if weight_n is None or not ctx.needs_input_grad[1]:
+            if weight_n is not None:
+                ctx.save_for_backward(None, weight_n)
+            # No name here for the rows that come back: they are freed while they are added up.
+            return add_up(route.send_back(row_RD, "combine"), route.sum_plan, weight_n)
+        row_nD = route.send_back(row_RD, "combine")
+        ctx.save_for_backward(row_nD, weight_n)
         return add_up(row_nD, route.sum_plan, weight_n)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
-        grad_nD = gather_rows(grad_TD, ctx.route.token_n)
-        grad_weight_n = None
+        grad_weight_n = weight_n = None
         if ctx.weighted:
             row_nD, weight_n = ctx.saved_tensors
             if row_nD is not None:
+                grad_nD = gather_rows(grad_TD, ctx.route.token_n)
                 grad_weight_n = dot(grad_nD, row_nD).to(weight_n.dtype)
-            grad_nD = weigh(grad_nD, weight_n)
-        return ctx.route.send(grad_nD, "combine_backward"), grad_weight_n, None
+                del grad_nD
+        return ctx.route.send(grad_TD, "combine_backward", weight_n), grad_weight_n, None
