@@ -23,9 +23,8 @@ from tamoe.record import Phase
 from tamoe.schedules import Mover
 from tamoe.summation import SumPlan, add_up, plan_sum
 
-
-# Slices cost messages and waits, so they are of a size that hides them; with 8 of them what is under
-# way is a quarter of the rows sent.
+# Slices cost messages and waits, so they are of a size that hides them; with 8 of them, what is
+# under way is a quarter of the rows sent.
 SLICE_BYTES = 2**22
 MOST_SLICES = 8
 

@@ -124,7 +124,10 @@ class Part:
             del transfer, sum_mD  # before there are new sums beside them
             sum_mD = add_stage(held_mD, stage)
             del held_mD
-        copy_rows_(out_TD[self.share.tokens], sum_mD, None, self.hops.token_m)
+        out_tD = out_TD[self.share.tokens]
+        if len(sum_mD) < len(out_tD):
+            out_tD.zero_()  # some have no sum
+        copy_rows_(out_tD, sum_mD, None, self.hops.token_m)
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +167,7 @@ class RelayRoute:
 
         The smallest part goes first, as the links wait for its sums inside the node.
         """
-        out_TD = row_RD.new_zeros(self.num_tokens, row_RD.shape[1])
+        out_TD = row_RD.new_empty(self.num_tokens, row_RD.shape[1])
         with self.mover.recorded(phase, row_RD, self._sends_back):
             parts = reversed(self.parts)
             self._run([part.combine(row_RD, weight_R, out_TD, phase) for part in parts])
