@@ -10,8 +10,8 @@ nodes. Every figure is of the rank where it is the largest share of in + out.
 **Extra memory** of a call is the highest level of the rank's resident memory while it runs, less
 the level before it, plus the rank's whole outbox (memory shared inside the node, which stays
 between calls). So the tensor that the call returns counts, what it is given does not, and pages of
-other ranks' outboxes count for their owners. **In + out** are the bytes of the tokens or rows that the
-call is given and of those that it returns: x_TD and row_RD for dispatch, row_RD and out_TD for
+other ranks' outboxes count for their owners. **In + out** are the bytes of the tokens or rows that
+the call is given and of those that it returns: x_TD and row_RD for dispatch, row_RD and out_TD for
 combine. **Rows on the wire** are those that the flat exchange sends and receives, one for each
 choice.
 

@@ -139,6 +139,7 @@ class MpiMover(Mover):
         send_splits: Sequence[int],
         receive_splits: Sequence[int],
         phase: Phase,
+        into_RD: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Send rows to every rank; received rows are in order of rank."""
         width = row_nD.shape[1]

@@ -21,11 +21,11 @@ from tamoe.ops import copy_rows_, gather_rows
 from tamoe.precision import dot, weigh
 from tamoe.record import Phase
 from tamoe.schedules import Mover
-from tamoe.summation import SumPlan, add_up, plan_sum
+from tamoe.summation import SumPlan, add_up, plan_sum, reorder
 
 # Slices cost messages and waits, so they are of a size that hides them; with 8 of them, what is
 # under way is a quarter of the rows sent.
-SLICE_BYTES = 2**22
+SLICE_BYTES = 2**23
 MOST_SLICES = 8
 
 
@@ -35,7 +35,7 @@ class Slice:
 
     send_splits: list[int]  # rows for each rank
     receive_splits: list[int]  # rows from each rank
-    sent_m: torch.Tensor | None  # which rows, in the order of sending; None: all
+    sent: slice  # which rows, in the order of sending
     place_m: torch.Tensor | None  # of what arrives, in expert order; None: as it arrives, all
 
 
@@ -46,7 +46,7 @@ class FlatRoute:
     mover: Mover
     slices: tuple[Slice, ...]
     num_rows: int  # received
-    token_n: torch.Tensor  # token of each row; rows are sorted by expert, then by token
+    token_n: torch.Tensor  # token of each row, in the order of sending: by slice, then by expert
     sum_plan: SumPlan
     weight_n: torch.Tensor | None  # factor of each row, with its graph
 
@@ -67,7 +67,7 @@ class FlatRoute:
         row_RD = x_TD.new_empty(self.num_rows, x_TD.shape[1])
         for part in self.slices:
             arrived_mD = self.mover.move(
-                self._packed(x_TD, weight_n, part.sent_m),
+                self._packed(x_TD, weight_n, part.sent),
                 part.send_splits,
                 part.receive_splits,
                 phase,
@@ -79,30 +79,27 @@ class FlatRoute:
         return row_RD
 
     def _packed(
-        self, x_TD: torch.Tensor, weight_n: torch.Tensor | None, sent_m: torch.Tensor | None
+        self, x_TD: torch.Tensor, weight_n: torch.Tensor | None, sent: slice
     ) -> torch.Tensor:
-        token_m, weight_m = self.token_n, weight_n
-        if sent_m is not None:
-            token_m = token_m[sent_m]
-            weight_m = None if weight_n is None else weight_n[sent_m]
-        row_mD = gather_rows(x_TD, token_m)
-        return row_mD if weight_m is None else weigh(row_mD, weight_m)
+        row_mD = gather_rows(x_TD, self.token_n[sent])
+        return row_mD if weight_n is None else weigh(row_mD, weight_n[sent])
 
     def send_back(self, row_RD: torch.Tensor, phase: Phase) -> torch.Tensor:
         """From the order of this rank's experts back to the order of sending."""
+        if len(self.slices) == 1:
+            return self._moved_back(row_RD, self.slices[0], phase, None)
         row_nD = row_RD.new_empty(len(self.token_n), row_RD.shape[1])
         for part in self.slices:
-            arrived_mD = self.mover.move(
-                row_RD if part.place_m is None else gather_rows(row_RD, part.place_m),
-                part.receive_splits,
-                part.send_splits,
-                phase,
-            )
-            if part.sent_m is None:
-                return arrived_mD
-            copy_rows_(row_nD, arrived_mD, None, part.sent_m)
-            del arrived_mD  # before the next slice
+            self._moved_back(row_RD, part, phase, row_nD[part.sent])
         return row_nD
+
+    def _moved_back(
+        self, row_RD: torch.Tensor, part: Slice, phase: Phase, into_mD: torch.Tensor | None
+    ) -> torch.Tensor:
+        row_mD = row_RD if part.place_m is None else gather_rows(row_RD, part.place_m)
+        if into_mD is None:
+            return self.mover.move(row_mD, part.receive_splits, part.send_splits, phase)
+        return self.mover.move(row_mD, part.receive_splits, part.send_splits, phase, into_mD)
 
 
 def plan_flat(
@@ -132,14 +129,20 @@ def plan_flat(
     num_slices
         Slices that the rows travel in, >= 1, the same on all ranks; from :func:`slices_for`.
     """
-    send_splits = [*map(sum, sent_PE)]
-    arrangement_R = arrangement(list(enumerate(received_PE)), token_n.device)
+    send_splits, receive_splits = ([*map(sum, way)] for way in (sent_PE, received_PE))
+    place_R = _places(received_PE, token_n.device)
+    sum_plan = plan_sum(token_n, repeated(send_splits, token_n.device), num_tokens, groups)
+    slices: tuple[Slice, ...] = (Slice(send_splits, receive_splits, slice(None), place_R),)
+    if num_slices > 1:
+        slices, order_n = _cut(send_splits, receive_splits, place_R, num_slices, token_n.device)
+        token_n, sum_plan = token_n[order_n], reorder(sum_plan, order_n)
+        weight_n = None if weight_n is None else weight_n[order_n]
     return FlatRoute(
         mover=mover,
-        slices=_slices(send_splits, [*map(sum, received_PE)], arrangement_R, num_slices, token_n),
-        num_rows=sum(map(sum, received_PE)),
+        slices=slices,
+        num_rows=sum(receive_splits),
         token_n=token_n,
-        sum_plan=plan_sum(token_n, repeated(send_splits, token_n.device), num_tokens, groups),
+        sum_plan=sum_plan,
         weight_n=weight_n,
     )
 
@@ -148,30 +151,36 @@ def slices_for(num_bytes: int) -> int:
     """Slices for a dispatch in which a rank sends at most so many bytes.
 
     >>> slices_for(0), slices_for(2**24), slices_for(2**30)
-    (1, 4, 8)
+    (1, 2, 8)
     """
     return min(max(num_bytes // SLICE_BYTES, 1), MOST_SLICES)
 
 
-def _slices(
+def _places(received_PE: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor | None:
+    """Place in expert order of each row that arrives; None if it is there already."""
+    arrangement_R = arrangement(list(enumerate(received_PE)), device)
+    if arrangement_R is None:
+        return None
+    place_R = torch.empty_like(arrangement_R)
+    place_R[arrangement_R] = torch.arange(len(place_R), device=device)
+    return place_R
+
+
+def _cut(
     send_splits: list[int],
     receive_splits: list[int],
-    arrangement_R: torch.Tensor | None,
+    place_R: torch.Tensor | None,
     num_slices: int,
-    like: torch.Tensor,
-) -> tuple[Slice, ...]:
-    place_R = None
-    if arrangement_R is not None:
-        place_R = torch.empty_like(arrangement_R)
-        place_R[arrangement_R] = torch.arange(len(place_R), device=like.device)
-    if num_slices == 1:
-        return (Slice(send_splits, receive_splits, None, place_R),)
-    slices = []
-    ways = (sliced(splits, num_slices, like.device) for splits in (send_splits, receive_splits))
-    for (sends, sent_m), (receives, received_m) in zip(*ways, strict=True):
+    device: torch.device,
+) -> tuple[tuple[Slice, ...], torch.Tensor]:
+    """Slices, and the row in expert order at each place in the order of sending."""
+    sent, received = (sliced(way, num_slices, device) for way in (send_splits, receive_splits))
+    slices, begin = [], 0
+    for (sends, sent_m), (receives, received_m) in zip(sent, received, strict=True):
         place_m = received_m if place_R is None else place_R[received_m]
-        slices.append(Slice(sends, receives, sent_m, place_m))
-    return tuple(slices)
+        slices.append(Slice(sends, receives, slice(begin, begin + len(sent_m)), place_m))
+        begin += len(sent_m)
+    return tuple(slices), torch.cat([sent_m for _, sent_m in sent])
 
 
 def sliced(

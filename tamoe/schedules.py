@@ -209,12 +209,13 @@ class Mover:
         send_splits: Sequence[int],
         receive_splits: Sequence[int],
         phase: Phase,
+        into_RD: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Send rows to every rank; received rows are in order of rank."""
+        """Send rows to every rank; received rows, in ``into_RD`` if given, are in order of rank."""
         if self.group is None:
             return row_nD
         with self.recorded(phase, row_nD, lambda: [send_splits]):
-            transfer = self.transfer(row_nD, send_splits, receive_splits, phase)
+            transfer = self.transfer(row_nD, send_splits, receive_splits, phase, into_RD)
             if self.schedule == "single":
                 transfer.start_at_once()()
                 return transfer.received_RD

@@ -12,7 +12,7 @@ Shape suffixes: n rows sent, m partial sums, T tokens, D hidden size, P ranks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -81,6 +81,23 @@ def plan_sum(
             token_n, rank_n, upper_n = (v[stage.first_m] for v in (token_n, rank_n, upper_n))
         lower_n = upper_n
     return SumPlan(tuple(stages), token_n, num_tokens)
+
+
+def reorder(plan: SumPlan, order_n: torch.Tensor) -> SumPlan:
+    """The same sums of rows that lie in another order, of which ``order_n`` are the old places.
+
+    >>> plan = plan_sum(torch.tensor([1, 0, 1]), torch.tensor([0, 1, 1]), 2, ())
+    >>> rows = torch.tensor([[100.0], [1.0], [10.0]])
+    >>> add_up(rows, reorder(plan, torch.tensor([2, 0, 1]))).flatten().tolist()
+    [10.0, 101.0]
+    """
+    if not plan.stages:
+        return replace(plan, token_m=plan.token_m[order_n])
+    place_n = torch.empty_like(order_n)
+    place_n[order_n] = torch.arange(len(order_n), device=order_n.device)
+    first = plan.stages[0]
+    first = replace(first, index_n=place_n[first.index_n], first_m=place_n[first.first_m])
+    return replace(plan, stages=(first, *plan.stages[1:]))
 
 
 def plan_stage(sum_n: torch.Tensor, lower_n: torch.Tensor, num_lower: int) -> Stage:

@@ -33,15 +33,18 @@ def in_rank(rank: int) -> list[int]:
 @pytest.mark.ranks
 def test_a_peak_is_that_of_the_call_alone() -> None:
     _, big, again, small = (extra / 2**20 for extra in run_ranks(1, in_rank)[0])
-    assert 48 <= big < 50 and 48 <= again < 50  # the 4 MB that it returns come after the 48
-    assert 4 <= small < 6
+    # The 4 MB that it returns come after the 48; the kernel counts pages in batches.
+    assert 46 < big < 50 and 46 < again < 50
+    assert 2 < small < 6
 
 
 @pytest.mark.slow
 @pytest.mark.ranks
-@pytest.mark.parametrize(("tree", "top_k"), [("2x4", 2), ("2x4", 8), ("4x2", 8)])
+@pytest.mark.parametrize(("tree", "top_k"), [("2x4", 2), ("4x2", 2), ("2x4", 8)])
 def test_an_exchange_takes_little_more_memory_than_its_tensors(tree: str, top_k: int) -> None:
-    peaks = run_ranks(8, measure, tree, Setting(4096, top_k, "even", 8, 512), timeout_s=200)[0]
+    peaks = run_ranks(
+        8, measure, tree, Setting(2**15 // top_k, top_k, "even", 8, 512), timeout_s=200
+    )[0]
     assert len(peaks) == 12
     for peak in peaks:
         # The call returns at least the smaller of its two sides.
@@ -55,14 +58,14 @@ def sliced_and_whole(rank: int, schedule: Any) -> list[bool]:
     index_TK = random_routing(setting, rank, topology, generator)
     index_TK[::5, 1] = -1
     results = []
-    for slice_bytes in (2**22, 128):
+    for slice_bytes in (2**23, 128):
         flat.SLICE_BYTES = slice_bytes
         exchange = Exchange(topology, kind="flat", schedule=schedule)
         x_TD = torch.arange(setting.tokens * 8.0).view(-1, 8).sin().requires_grad_()
         weight_TK = torch.linspace(-1, 2, index_TK.numel()).view_as(index_TK).requires_grad_()
         row_RD, handle = exchange.dispatch(x_TD, index_TK, weight_TK, num_experts=8)
         assert isinstance(handle.route, flat.FlatRoute)
-        assert len(handle.route.slices) == (1 if slice_bytes == 2**22 else flat.MOST_SLICES)
+        assert len(handle.route.slices) == (1 if slice_bytes == 2**23 else flat.MOST_SLICES)
         out_TD = exchange.combine(row_RD.square() * (1 + rank), handle)
         out_TD.cos().sum().backward()
         results.append((row_RD, out_TD, x_TD.grad, weight_TK.grad))
