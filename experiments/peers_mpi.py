@@ -139,10 +139,11 @@ class MpiMover(Mover):
         send_splits: Sequence[int],
         receive_splits: Sequence[int],
         phase: Phase,
+        into_RD: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Send rows to every rank; received rows are in order of rank."""
         width = row_nD.shape[1]
-        received_RD = row_nD.new_empty(sum(receive_splits), width)
+        received_RD = row_nD.new_empty(sum(receive_splits), width) if into_RD is None else into_RD
         with self.recorded(phase, row_nD, lambda: [send_splits]):
             self.comm.Alltoallv(
                 [row_nD.contiguous().numpy(), [rows * width for rows in send_splits]],

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from tamoe.agreement import Header, RefusedValues, exchange_counts, layout_code
-from tamoe.flat import FlatRoute, plan_flat
+from tamoe.flat import FlatRoute, plan_flat, slices_for
 from tamoe.groups import group_rank, group_size, process_group, works_by_gloo
 from tamoe.handle import Asked, Handle, deal_locally, input_problem, sort_keys
 from tamoe.hierarchical import RelayRoute, plan_relays
@@ -73,7 +73,8 @@ class Exchange:
     chunks
         Parts, >= 1, that the tokens of a hierarchical exchange travel in: while one crosses the
         links between nodes, the one before is worked on inside them. ``"auto"``: as many as suit
-        the tokens of the dispatch before, 1 for the first. Results do not depend on it.
+        the tokens of the dispatch before, 6 for the first: all at once, many tokens take twice the
+        memory. Results do not depend on it.
     placement
         Rank of each expert, 0 to P - 1, the same on all ranks: any order, and ranks may hold
         different numbers of experts or none. None: what the Plan was solved for
@@ -158,7 +159,8 @@ class Exchange:
         self._mover = Mover(moves, self.nodes, self.rank, self.schedule, patience)
         self._groups = sum_groups(topology) if self.kind != "none" else ()
         self._relays = make_relays(self.rank, self.nodes, self._groups)
-        self._most_tokens = 0  # of a rank, in the dispatch before; the same on all ranks
+        # Of a rank, in the dispatch before; the same on all ranks.
+        self._most_tokens: int | None = None
 
     def _best_schedule(self) -> Schedule:
         if self.group is None or len(self.nodes) == 1:
@@ -321,7 +323,12 @@ class Exchange:
         sent_PE, received_PE = self._counts(asked, counts.view(self.num_ranks, -1))
         sent = [count for counts_E in sent_PE for count in counts_E]
         choices = asked.sorted_choices(asked.key, sum(sent))
-        route = plan_flat(self._mover, num_tokens, *choices, sent_PE, received_PE, self._groups)
+        header = asked.header
+        most_rows = (self._most_tokens or 0) * header.top_k
+        num_slices = slices_for(most_rows * header.hidden_size * header.dtype.itemsize)
+        route = plan_flat(
+            self._mover, num_tokens, *choices, sent_PE, received_PE, self._groups, num_slices
+        )
         return route, sent, received_PE
 
     def _relayed(self, asked: Asked) -> _Planned:
@@ -341,6 +348,8 @@ class Exchange:
             return 1
         if self.chunks != "auto":
             return self.chunks
+        if self._most_tokens is None:
+            return MOST_PARTS
         row_bytes = x_TD.shape[-1] * x_TD.dtype.itemsize if x_TD.ndim else 0
         return num_parts(self._most_tokens * row_bytes)
 

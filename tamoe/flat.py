@@ -1,13 +1,17 @@
 """The flat exchange: each (token, choice) row goes straight to the rank of its expert.
 
+Many rows travel in slices, each a part of the rows of every pair of ranks: a slice is packed when
+its turn comes and put in place when it arrives, so that rows are held once, not three times.
+
 Shape suffixes: T tokens, E experts of a rank, P ranks, D hidden size, n rows sent (choices that
-were not dropped), R rows received.
+were not dropped), R rows received, m rows of a slice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,7 +21,22 @@ from tamoe.ops import copy_rows_, gather_rows
 from tamoe.precision import dot, weigh
 from tamoe.record import Phase
 from tamoe.schedules import Mover
-from tamoe.summation import SumPlan, add_up, plan_sum
+from tamoe.summation import SumPlan, add_up, plan_sum, reorder
+
+# Slices cost messages and waits, so they are of a size that hides them; with 8 of them, what is
+# under way is a quarter of the rows sent.
+SLICE_BYTES = 2**23
+MOST_SLICES = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """Rows that travel together."""
+
+    send_splits: list[int]  # rows for each rank
+    receive_splits: list[int]  # rows from each rank
+    sent: slice  # which rows, in the order of sending
+    place_m: torch.Tensor | None  # of what arrives, in expert order; None: as it arrives, all
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,10 +44,9 @@ class FlatRoute:
     """How the rows of one dispatch travel."""
 
     mover: Mover
-    send_splits: tuple[int, ...]  # rows for each rank
-    receive_splits: tuple[int, ...]  # rows from each rank
-    token_n: torch.Tensor  # token of each row; rows are sorted by expert, then by token
-    arrangement_R: torch.Tensor | None  # place, as received, of each row in expert order
+    slices: tuple[Slice, ...]
+    num_rows: int  # received
+    token_n: torch.Tensor  # token of each row, in the order of sending: by slice, then by expert
     sum_plan: SumPlan
     weight_n: torch.Tensor | None  # factor of each row, with its graph
 
@@ -42,17 +60,46 @@ class FlatRoute:
         out_TD: torch.Tensor = _Combine.apply(row_RD, weight_n, self)
         return out_TD
 
-    def send(self, row_nD: torch.Tensor, phase: Phase) -> torch.Tensor:
-        """From the order of sending to the order of this rank's experts."""
-        row_RD = self.mover.move(row_nD, self.send_splits, self.receive_splits, phase)
-        return row_RD if self.arrangement_R is None else gather_rows(row_RD, self.arrangement_R)
+    def send(
+        self, x_TD: torch.Tensor, phase: Phase, weight_n: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """From tokens, times their weights, to rows in the order of this rank's experts."""
+        row_RD = x_TD.new_empty(self.num_rows, x_TD.shape[1])
+        for part in self.slices:
+            arrived_mD = self.mover.move(
+                self._packed(x_TD, weight_n, part.sent),
+                part.send_splits,
+                part.receive_splits,
+                phase,
+            )
+            if part.place_m is None:
+                return arrived_mD
+            copy_rows_(row_RD, arrived_mD, None, part.place_m)
+            del arrived_mD  # before the next slice
+        return row_RD
+
+    def _packed(
+        self, x_TD: torch.Tensor, weight_n: torch.Tensor | None, sent: slice
+    ) -> torch.Tensor:
+        row_mD = gather_rows(x_TD, self.token_n[sent])
+        return row_mD if weight_n is None else weigh(row_mD, weight_n[sent])
 
     def send_back(self, row_RD: torch.Tensor, phase: Phase) -> torch.Tensor:
         """From the order of this rank's experts back to the order of sending."""
-        if self.arrangement_R is not None:
-            in_expert_order_RD, row_RD = row_RD, torch.empty_like(row_RD)
-            copy_rows_(row_RD, in_expert_order_RD, None, self.arrangement_R)
-        return self.mover.move(row_RD, self.receive_splits, self.send_splits, phase)
+        if len(self.slices) == 1:
+            return self._moved_back(row_RD, self.slices[0], phase, None)
+        row_nD = row_RD.new_empty(len(self.token_n), row_RD.shape[1])
+        for part in self.slices:
+            self._moved_back(row_RD, part, phase, row_nD[part.sent])
+        return row_nD
+
+    def _moved_back(
+        self, row_RD: torch.Tensor, part: Slice, phase: Phase, into_mD: torch.Tensor | None
+    ) -> torch.Tensor:
+        row_mD = row_RD if part.place_m is None else gather_rows(row_RD, part.place_m)
+        if into_mD is None:
+            return self.mover.move(row_mD, part.receive_splits, part.send_splits, phase)
+        return self.mover.move(row_mD, part.receive_splits, part.send_splits, phase, into_mD)
 
 
 def plan_flat(
@@ -63,6 +110,7 @@ def plan_flat(
     sent_PE: Sequence[Sequence[int]],
     received_PE: Sequence[Sequence[int]],
     groups: Sequence[Sequence[int]],
+    num_slices: int = 1,
 ) -> FlatRoute:
     """Plan both ways.
 
@@ -78,17 +126,80 @@ def plan_flat(
         Rows for the experts of each rank, and from each rank for the experts of this one.
     groups
         Group of each rank at each level of the sum.
+    num_slices
+        Slices that the rows travel in, >= 1, the same on all ranks; from :func:`slices_for`.
     """
-    send_splits = tuple(map(sum, sent_PE))
+    send_splits, receive_splits = ([*map(sum, way)] for way in (sent_PE, received_PE))
+    place_R = _places(received_PE, token_n.device)
+    sum_plan = plan_sum(token_n, repeated(send_splits, token_n.device), num_tokens, groups)
+    slices: tuple[Slice, ...] = (Slice(send_splits, receive_splits, slice(None), place_R),)
+    if num_slices > 1:
+        slices, order_n = _cut(send_splits, receive_splits, place_R, num_slices, token_n.device)
+        token_n, sum_plan = token_n[order_n], reorder(sum_plan, order_n)
+        weight_n = None if weight_n is None else weight_n[order_n]
     return FlatRoute(
         mover=mover,
-        send_splits=send_splits,
-        receive_splits=tuple(map(sum, received_PE)),
+        slices=slices,
+        num_rows=sum(receive_splits),
         token_n=token_n,
-        arrangement_R=arrangement(list(enumerate(received_PE)), token_n.device),
-        sum_plan=plan_sum(token_n, repeated(send_splits, token_n.device), num_tokens, groups),
+        sum_plan=sum_plan,
         weight_n=weight_n,
     )
+
+
+def slices_for(num_bytes: int) -> int:
+    """Slices for a dispatch in which a rank sends at most so many bytes.
+
+    >>> slices_for(0), slices_for(2**24), slices_for(2**30)
+    (1, 2, 8)
+    """
+    return min(max(num_bytes // SLICE_BYTES, 1), MOST_SLICES)
+
+
+def _places(received_PE: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor | None:
+    """Place in expert order of each row that arrives; None if it is there already."""
+    arrangement_R = arrangement(list(enumerate(received_PE)), device)
+    if arrangement_R is None:
+        return None
+    place_R = torch.empty_like(arrangement_R)
+    place_R[arrangement_R] = torch.arange(len(place_R), device=device)
+    return place_R
+
+
+def _cut(
+    send_splits: list[int],
+    receive_splits: list[int],
+    place_R: torch.Tensor | None,
+    num_slices: int,
+    device: torch.device,
+) -> tuple[tuple[Slice, ...], torch.Tensor]:
+    """Slices, and the row in expert order at each place in the order of sending."""
+    sent, received = (sliced(way, num_slices, device) for way in (send_splits, receive_splits))
+    slices, begin = [], 0
+    for (sends, sent_m), (receives, received_m) in zip(sent, received, strict=True):
+        place_m = received_m if place_R is None else place_R[received_m]
+        slices.append(Slice(sends, receives, slice(begin, begin + len(sent_m)), place_m))
+        begin += len(sent_m)
+    return tuple(slices), torch.cat([sent_m for _, sent_m in sent])
+
+
+def sliced(
+    splits: Sequence[int], num_slices: int, device: torch.device
+) -> list[tuple[list[int], torch.Tensor]]:
+    """For each slice its splits, and which rows are in it; both ends of a pair cut alike.
+
+    >>> [(part, row.tolist()) for part, row in sliced([3, 2], 2, torch.device("cpu"))]
+    [([1, 1], [0, 3]), ([2, 1], [1, 2, 4])]
+    """
+    begins_P = [[c * number // num_slices for c in splits] for number in range(num_slices + 1)]
+    parts = [[b - a for a, b in zip(*pair, strict=True)] for pair in pairwise(begins_P)]
+    count_P = torch.tensor(splits, dtype=torch.int64, device=device)
+    rank_n = repeated(splits, device)
+    end_n = torch.arange(1, len(rank_n) + 1, device=device) - (count_P.cumsum(0) - count_P)[rank_n]
+    # The slice of a pair's row j of c is the last one that begins at or before it.
+    slice_n = (end_n * num_slices - 1) // count_P[rank_n]
+    order_n = torch.argsort(slice_n, stable=True)
+    return list(zip(parts, order_n.split([*map(sum, parts)]), strict=True))
 
 
 def repeated(counts: Sequence[int], device: torch.device) -> torch.Tensor:
@@ -127,7 +238,7 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: torch.Tensor, route: FlatRoute) -> torch.Tensor:
         ctx.route = route
-        return route.send(gather_rows(x_TD, route.token_n), "dispatch")
+        return route.send(x_TD, "dispatch")
 
     @staticmethod
     @once_differentiable
@@ -148,20 +259,24 @@ class _Combine(torch.autograd.Function):
         ctx: Any, row_RD: torch.Tensor, weight_n: torch.Tensor | None, route: FlatRoute
     ) -> torch.Tensor:
         ctx.route, ctx.weighted = route, weight_n is not None
-        row_nD = route.send_back(row_RD.contiguous(), "combine")
-        if weight_n is None:
-            return add_up(row_nD, route.sum_plan)
-        ctx.save_for_backward(row_nD if ctx.needs_input_grad[1] else None, weight_n)
+        row_RD = row_RD.contiguous()
+        if weight_n is None or not ctx.needs_input_grad[1]:
+            if weight_n is not None:
+                ctx.save_for_backward(None, weight_n)
+            # No name here for the rows that come back: they are freed while they are added up.
+            return add_up(route.send_back(row_RD, "combine"), route.sum_plan, weight_n)
+        row_nD = route.send_back(row_RD, "combine")
+        ctx.save_for_backward(row_nD, weight_n)
         return add_up(row_nD, route.sum_plan, weight_n)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
-        grad_nD = gather_rows(grad_TD, ctx.route.token_n)
-        grad_weight_n = None
+        grad_weight_n = weight_n = None
         if ctx.weighted:
             row_nD, weight_n = ctx.saved_tensors
             if row_nD is not None:
+                grad_nD = gather_rows(grad_TD, ctx.route.token_n)
                 grad_weight_n = dot(grad_nD, row_nD).to(weight_n.dtype)
-            grad_nD = weigh(grad_nD, weight_n)
-        return ctx.route.send(grad_nD, "combine_backward"), grad_weight_n, None
+                del grad_nD
+        return ctx.route.send(grad_TD, "combine_backward", weight_n), grad_weight_n, None

@@ -56,13 +56,22 @@ class Part:
         copy_mD = x_TD[self.share.tokens]
         for number in range(self.relays.num_levels):
             hop = self.hops.between[number] if number else first_hop(self.share, self.relays)
-            rows = copy_mD.index_select(0, hop.copy_m)
             what = f"{phase}, hop of level {hop.level}"
-            transfer = self.mover.transfer(rows, hop.send_splits, hop.receive_splits, what)
+            num_held = len(copy_mD)
+            held_mD = copy_mD.new_empty(num_held + hop.num_received, copy_mD.shape[1])
+            transfer = self.mover.transfer(
+                copy_mD.index_select(0, hop.copy_m),
+                hop.send_splits,
+                hop.receive_splits,
+                what,
+                held_mD[num_held:],
+            )
             for turn in range(1, len(self.mover.nodes)):
                 yield None
                 yield self._planned(transfer.start(turn))
-            copy_mD = torch.cat([copy_mD, transfer.received_RD])
+            del transfer  # and the rows that it sent
+            held_mD[:num_held] = copy_mD
+            copy_mD = held_mD
         hop = self.hops.inside
         for begin, rows in self.mover.inside(
             copy_mD, hop.copy_m, hop.send_splits, hop.receive_splits, self.hops.most_rows, phase
@@ -104,13 +113,21 @@ class Part:
         for hop, stage in reversed(ways):
             left = len(sum_mD) - hop.num_received
             what = f"{phase}, hop of level {hop.level}"
-            rows = sum_mD[left:]
-            transfer = self.mover.transfer(rows, hop.receive_splits, hop.send_splits, what)
+            held_mD = sum_mD.new_empty(left + len(hop.copy_m), sum_mD.shape[1])
+            transfer = self.mover.transfer(
+                sum_mD[left:], hop.receive_splits, hop.send_splits, what, held_mD[left:]
+            )
             for turn in range(1, len(self.mover.nodes)):
                 yield None
                 yield transfer.start(turn)
-            sum_mD = add_stage(torch.cat([sum_mD[:left], transfer.received_RD]), stage)
-        copy_rows_(out_TD[self.share.tokens], sum_mD, None, self.hops.token_m)
+            held_mD[:left] = sum_mD[:left]
+            del transfer, sum_mD  # before there are new sums beside them
+            sum_mD = add_stage(held_mD, stage)
+            del held_mD
+        out_tD = out_TD[self.share.tokens]
+        if len(sum_mD) < len(out_tD):
+            out_tD.zero_()  # some have no sum
+        copy_rows_(out_tD, sum_mD, None, self.hops.token_m)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +167,7 @@ class RelayRoute:
 
         The smallest part goes first, as the links wait for its sums inside the node.
         """
-        out_TD = row_RD.new_zeros(self.num_tokens, row_RD.shape[1])
+        out_TD = row_RD.new_empty(self.num_tokens, row_RD.shape[1])
         with self.mover.recorded(phase, row_RD, self._sends_back):
             parts = reversed(self.parts)
             self._run([part.combine(row_RD, weight_R, out_TD, phase) for part in parts])

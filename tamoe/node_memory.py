@@ -79,6 +79,11 @@ class NodeMemory:
                 os.unlink(path)  # whoever opened it keeps it; nothing is left behind
         return memory if works and all(int(answer) for answer in said.values()) else None
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of this rank's outbox."""
+        return len(self._own)
+
     def outbox(self, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         """Room for rows, ``[num_rows, width]``, that :meth:`swap` then hands to the peers."""
         num_bytes = num_rows * width * dtype.itemsize
@@ -236,3 +241,9 @@ def node_memory(
     if tuple(near) not in by_node:
         by_node[tuple(near)] = NodeMemory.connect(group, rank, near, patience)
     return by_node[tuple(near)]
+
+
+def outbox_bytes(group: dist.ProcessGroup | None) -> int:
+    """Shared memory that this rank keeps for exchanges of a group; that of its peers is theirs."""
+    by_node = _connected.get(group, {}) if group is not None else {}
+    return sum(memory.num_bytes for memory in by_node.values() if memory is not None)

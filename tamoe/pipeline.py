@@ -57,6 +57,7 @@ def run_in_turns(
                 prepare(order[turn + 1])
             assert wait is not None
             wait()
+            del wait  # it holds rows
         arrived = part
     for rest in parts:
         for _ in rest:

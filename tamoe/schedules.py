@@ -74,11 +74,24 @@ class Mover:
         send_splits: Sequence[int],
         receive_splits: Sequence[int],
         what: str,
+        into_RD: torch.Tensor | None = None,
     ) -> Transfer:
-        """Rows to be sent as the caller starts them; not recorded. Errors call it ``what``."""
+        """Rows to be sent as the caller starts them; not recorded. Errors call it ``what``.
+
+        What is received goes into ``into_RD``, contiguous, if it is given.
+        """
         assert self.group is not None
+        if into_RD is None:
+            into_RD = row_nD.new_empty(sum(receive_splits), row_nD.shape[1])
         return Transfer(
-            row_nD, send_splits, receive_splits, self.group, self._rounds, self.patience, what
+            row_nD,
+            into_RD,
+            send_splits,
+            receive_splits,
+            self.group,
+            self._rounds,
+            self.patience,
+            what,
         )
 
     def inside(
@@ -196,12 +209,13 @@ class Mover:
         send_splits: Sequence[int],
         receive_splits: Sequence[int],
         phase: Phase,
+        into_RD: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Send rows to every rank; received rows are in order of rank."""
+        """Send rows to every rank; received rows, in ``into_RD`` if given, are in order of rank."""
         if self.group is None:
             return row_nD
         with self.recorded(phase, row_nD, lambda: [send_splits]):
-            transfer = self.transfer(row_nD, send_splits, receive_splits, phase)
+            transfer = self.transfer(row_nD, send_splits, receive_splits, phase, into_RD)
             if self.schedule == "single":
                 transfer.start_at_once()()
                 return transfer.received_RD
@@ -256,6 +270,8 @@ class Transfer:
     ----------
     row_nD
         Rows sorted by the rank that they go to.
+    received_RD
+        Room for the rows that come, by the rank that they come from; contiguous.
     send_splits, receive_splits
         Rows for each rank and from each rank.
     group, rounds
@@ -267,6 +283,7 @@ class Transfer:
     def __init__(
         self,
         row_nD: torch.Tensor,
+        received_RD: torch.Tensor,
         send_splits: Sequence[int],
         receive_splits: Sequence[int],
         group: dist.ProcessGroup,
@@ -274,7 +291,7 @@ class Transfer:
         patience: Patience,
         what: str,
     ) -> None:
-        self.received_RD = row_nD.new_empty(sum(receive_splits), row_nD.shape[1])
+        self.received_RD = received_RD
         self._group, self._rounds = group, rounds
         self._patience, self._what = patience, what
         self._sent_nD = row_nD.contiguous()

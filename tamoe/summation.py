@@ -12,12 +12,15 @@ Shape suffixes: n rows sent, m partial sums, T tokens, D hidden size, P ranks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from tamoe.ops import combine, copy_rows_
 from tamoe.precision import weigh
+
+# Sums made at a time where there are several stages: many enough to hide the calls for each.
+PIECE_BYTES = 2**21
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +83,23 @@ def plan_sum(
     return SumPlan(tuple(stages), token_n, num_tokens)
 
 
+def reorder(plan: SumPlan, order_n: torch.Tensor) -> SumPlan:
+    """The same sums of rows that lie in another order, of which ``order_n`` are the old places.
+
+    >>> plan = plan_sum(torch.tensor([1, 0, 1]), torch.tensor([0, 1, 1]), 2, ())
+    >>> rows = torch.tensor([[100.0], [1.0], [10.0]])
+    >>> add_up(rows, reorder(plan, torch.tensor([2, 0, 1]))).flatten().tolist()
+    [10.0, 101.0]
+    """
+    if not plan.stages:
+        return replace(plan, token_m=plan.token_m[order_n])
+    place_n = torch.empty_like(order_n)
+    place_n[order_n] = torch.arange(len(order_n), device=order_n.device)
+    first = plan.stages[0]
+    first = replace(first, index_n=place_n[first.index_n], first_m=place_n[first.first_m])
+    return replace(plan, stages=(first, *plan.stages[1:]))
+
+
 def plan_stage(sum_n: torch.Tensor, lower_n: torch.Tensor, num_lower: int) -> Stage:
     """Add up rows of equal ``sum_n``, in order of ``lower_n``, then as given; sums are ascending.
 
@@ -114,15 +134,45 @@ def add_up(
 
     With weights, every row is multiplied by its own and rounded before it is added.
     """
-    for stage in plan.stages:
-        row_nD, weight_n = add_stage(row_nD, stage, weight_n), None
-    if weight_n is not None:  # no token has two rows
-        row_nD = weigh(row_nD, weight_n)
+    if len(plan.stages) > 1 and row_nD.device.type == "cpu":
+        row_nD = _add_up_in_pieces(row_nD, plan.stages, weight_n)
+    else:
+        for stage in plan.stages:
+            row_nD, weight_n = add_stage(row_nD, stage, weight_n), None
+        if weight_n is not None:  # no token has two rows
+            row_nD = weigh(row_nD, weight_n)
     if plan.stages and len(row_nD) == plan.num_tokens:  # sums are in the order of their tokens
         return row_nD
     out_TD = row_nD.new_zeros(plan.num_tokens, row_nD.shape[1])
     copy_rows_(out_TD, row_nD, None, plan.token_m)
     return out_TD
+
+
+def _add_up_in_pieces(
+    row_nD: torch.Tensor, stages: Sequence[Stage], weight_n: torch.Tensor | None
+) -> torch.Tensor:
+    """All stages for some sums at a time, so that partial sums take little memory.
+
+    The sums of every stage are in the order of their tokens, so those that a range of sums is made
+    of are a range, too.
+    """
+    num_sums, width = len(stages[-1].first_m), row_nD.shape[1]
+    out_mD = row_nD.new_empty(num_sums, width)
+    size = max(1, PIECE_BYTES // max(width * row_nD.element_size(), 1))
+    for begin in range(0, num_sums, size):
+        part = slice(begin, min(begin + size, num_sums))
+        parts: list[tuple[torch.Tensor, torch.Tensor, int]] = []
+        for stage in reversed(stages):
+            terms = slice(*stage.offset_m1[[part.start, part.stop]].tolist())
+            offset_m1 = stage.offset_m1[part.start : part.stop + 1] - terms.start
+            parts.insert(0, (offset_m1, stage.index_n[terms], terms.start))
+            part = terms
+        rows = row_nD
+        for number, (offset_m1, index_j, start) in enumerate(parts):
+            weight_j = None if number or weight_n is None else weight_n[index_j]
+            rows = combine(rows, offset_m1, index_j - start if number else index_j, weight_j)
+        out_mD[begin : begin + len(rows)] = rows
+    return out_mD
 
 
 def add_stage(
