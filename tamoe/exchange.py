@@ -20,7 +20,7 @@ from tamoe.placement import Placement, contiguous, experts_problem, resolve_plac
 from tamoe.record import note_counts, timed
 from tamoe.schedules import Mover, Schedule
 from tamoe.shares import count_keys, counts_of_parts, cut_tokens, describe_parts, make_shares
-from tamoe.solver.exchange_cost import num_parts
+from tamoe.solver.exchange_cost import MOST_PARTS, num_parts
 from tamoe.solver.relays import make_relays, sum_groups
 from tamoe.topology.errors import InputError, whole
 from tamoe.waiting import Patience
