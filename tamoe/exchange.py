@@ -16,11 +16,14 @@ from tamoe.flat import FlatRoute, plan_flat
 from tamoe.groups import group_rank, group_size, process_group, works_by_gloo
 from tamoe.handle import Asked, Handle, deal_locally, input_problem, sort_keys
 from tamoe.hierarchical import RelayRoute, plan_relays
+from tamoe.ops import build_index
 from tamoe.placement import Placement, contiguous, experts_problem, resolve_placement
 from tamoe.record import note_counts, timed
+from tamoe.relay_route import whole_order
 from tamoe.schedules import Mover, Schedule
-from tamoe.shares import count_keys, counts_of_parts, cut_tokens, describe_parts, make_shares
+from tamoe.shares import count_keys, counts_of_parts, cut_tokens, make_shares, sort_parts
 from tamoe.solver.relays import make_relays, sum_groups
+from tamoe.summation import count_sums
 from tamoe.topology.errors import InputError, whole
 from tamoe.waiting import Patience
 
@@ -310,28 +313,34 @@ class Exchange:
         if self._mover.group is not None:
             nothing_PW = torch.zeros(self.num_ranks, 1, dtype=torch.int64, device=device)
             exchange_counts(
-                header, nothing_PW, nothing_PW[0, 0], self._mover.group, self._mover.patience
+                header, nothing_PW, nothing_PW[0], self._mover.group, self._mover.patience
             )
         raise InputError(header.problem)
 
     def _flat(self, asked: Asked) -> _Planned:
-        num_tokens = asked.header.num_tokens
-        counts = count_keys(asked.key, asked.placement.num_slots)
-        sent_PE, received_PE = self._counts(asked, counts.view(self.num_ranks, -1))
+        num_tokens, top_k = asked.header.num_tokens, asked.header.top_k
+        key_TK, placement = asked.key.view(-1, top_k), asked.placement
+        built = build_index(key_TK, placement.num_slots)
+        sums_L = count_sums(key_TK // placement.slots_per_rank, self.num_ranks, self._groups)
+        told = self._counts(asked, built.count_N.view(self.num_ranks, -1), sums_L)
+        sent_PE, received_PE, num_sums = told
         sent = [count for counts_E in sent_PE for count in counts_E]
-        choices = asked.sorted_choices(asked.key, sum(sent))
-        route = plan_flat(self._mover, num_tokens, *choices, sent_PE, received_PE, self._groups)
-        return route, sent, received_PE
+        choice_n = built.choice[: sum(sent)]
+        token_n, weight_n = choice_n // top_k, asked.weight_of(choice_n)
+        by_rank = (sent_PE, received_PE, self._groups, num_sums)
+        return plan_flat(self._mover, num_tokens, token_n, weight_n, *by_rank), sent, received_PE
 
     def _relayed(self, asked: Asked) -> _Planned:
         relays, header = self._relays, asked.header
         num_local = asked.placement.slots_per_rank
         cut = cut_tokens(asked.key, header.top_k, num_local, asked.num_parts, relays)
-        word_PW, parents = describe_parts(cut, relays)
-        sent_PW, received_PW = self._counts(asked, word_PW)
-        shares = make_shares(cut, parents, sent_PW, received_PW, relays)
+        parts = sort_parts(cut, relays)
+        word_PW = torch.cat([part.word_PW for part in parts], 1)
+        reach = torch.cat([part.reach_L for part in parts])
+        sent_PW, received_PW, reached = self._counts(asked, word_PW, reach)
+        shares = make_shares(cut, parts, reached, sent_PW, received_PW, relays)
         sent_PE, received_PE = counts_of_parts(shares, relays)
-        _, weight_n = asked.sorted_choices(asked.key, sum(map(sum, sent_PE)))
+        weight_n = None if asked.weight_TK is None else asked.weight_of(whole_order(shares, relays))
         route = plan_relays(self._mover, relays, shares, weight_n, header.dtype)
         return route, [count for counts_E in sent_PE for count in counts_E], received_PE
 
@@ -345,31 +354,38 @@ class Exchange:
 
     def _kept(self, asked: Asked) -> _Planned:
         """Every rank works on its own rows, dealt in turn to its experts."""
-        num_tokens, num_slots = asked.header.num_tokens, asked.placement.num_slots
+        header, num_slots = asked.header, asked.placement.num_slots
         num_local = len(asked.placement.experts_PE[self.rank])
-        sent = self._counts(asked, count_keys(asked.key, num_slots).view(1, -1))[0][0]
+        dealt_key = deal_locally(asked.key, num_slots, num_local).view(-1, header.top_k)
+        built = build_index(dealt_key, num_local)
+        sums_L = count_sums(dealt_key // num_local, 1, ())
+        counts = count_keys(asked.key, num_slots).view(1, -1)
+        [sent], _, num_sums = self._counts(asked, counts, sums_L)
         share, extra = divmod(sum(sent), num_local)
         dealt_PE = [[share + (expert < extra) for expert in range(num_local)]]
-        dealt_key = deal_locally(asked.key, num_slots, num_local)
-        choices = asked.sorted_choices(dealt_key, sum(sent))
-        route = plan_flat(self._mover, num_tokens, *choices, dealt_PE, dealt_PE, ())
+        choice_n = built.choice[: sum(sent)]
+        token_n, weight_n = choice_n // header.top_k, asked.weight_of(choice_n)
+        by_rank = (dealt_PE, dealt_PE, (), num_sums)
+        route = plan_flat(self._mover, header.num_tokens, token_n, weight_n, *by_rank)
         return route, sent, dealt_PE
 
     def _counts(
-        self, asked: Asked, word_PW: torch.Tensor
-    ) -> tuple[list[list[int]], list[list[int]]]:
-        """Words told to each rank and by each rank."""
+        self, asked: Asked, word_PW: torch.Tensor, own_X: torch.Tensor
+    ) -> tuple[list[list[int]], list[list[int]], list[int]]:
+        """Words told to each rank and by each rank, and those that this rank keeps to itself."""
+        note_X = torch.cat([asked.refused.to(torch.int64).view(1), own_X])
         if self._mover.group is not None:
             with timed("counts", word_PW.device):
-                answer = exchange_counts(
-                    asked.header, word_PW, asked.refused, self._mover.group, self._mover.patience
+                sent_PW, received_PW, tokens_P, note = exchange_counts(
+                    asked.header, word_PW, note_X, self._mover.group, self._mover.patience
                 )
-            self._most_tokens = max(answer[2])
-            return answer[:2]
-        *words, bad = torch.cat([word_PW.flatten(), asked.refused.to(torch.int64).view(1)]).tolist()
-        if bad:
+            self._most_tokens = max(tokens_P)
+            return sent_PW, received_PW, note[1:]
+        told = torch.cat([note_X, word_PW.flatten()]).tolist()
+        if told[0]:
             raise RefusedValues("the exchange refused values of this rank")
-        return [words], [words]
+        words = told[len(note_X) :]
+        return [words], [words], told[1 : len(note_X)]
 
 
 def _checked_timeout(timeout_s: float | None) -> float | None:

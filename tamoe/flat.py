@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from tamoe.host_table import table_on
 from tamoe.ops import copy_rows_, gather_rows
 from tamoe.precision import dot, weigh
 from tamoe.record import Phase
@@ -63,6 +64,7 @@ def plan_flat(
     sent_PE: Sequence[Sequence[int]],
     received_PE: Sequence[Sequence[int]],
     groups: Sequence[Sequence[int]],
+    num_sums: Sequence[int] | None = None,
 ) -> FlatRoute:
     """Plan both ways.
 
@@ -78,15 +80,18 @@ def plan_flat(
         Rows for the experts of each rank, and from each rank for the experts of this one.
     groups
         Group of each rank at each level of the sum.
+    num_sums
+        See :func:`~tamoe.summation.plan_sum`.
     """
     send_splits = tuple(map(sum, sent_PE))
+    rank_n = repeated(send_splits, token_n.device)
     return FlatRoute(
         mover=mover,
         send_splits=send_splits,
         receive_splits=tuple(map(sum, received_PE)),
         token_n=token_n,
         arrangement_R=arrangement(list(enumerate(received_PE)), token_n.device),
-        sum_plan=plan_sum(token_n, repeated(send_splits, token_n.device), num_tokens, groups),
+        sum_plan=plan_sum(token_n, rank_n, num_tokens, groups, num_sums),
         weight_n=weight_n,
     )
 
@@ -97,9 +102,8 @@ def repeated(counts: Sequence[int], device: torch.device) -> torch.Tensor:
     >>> repeated([2, 0, 1], torch.device("cpu")).tolist()
     [0, 0, 2]
     """
-    count = torch.tensor(counts, dtype=torch.int64, device=device)
     numbers = torch.arange(len(counts), device=device)
-    return numbers.repeat_interleave(count, output_size=sum(counts))
+    return numbers.repeat_interleave(table_on(device, counts), output_size=sum(counts))
 
 
 def arrangement(
@@ -117,7 +121,7 @@ def arrangement(
     if keys == sorted(keys):
         return None
     counts = [count for _, rows in blocks for count in rows]
-    key_R = torch.tensor(keys, device=device)[repeated(counts, device)]
+    key_R = table_on(device, keys)[repeated(counts, device)]
     return torch.argsort(key_R, stable=True)
 
 
