@@ -321,7 +321,7 @@ class Exchange:
         num_tokens, top_k = asked.header.num_tokens, asked.header.top_k
         key_TK, placement = asked.key.view(-1, top_k), asked.placement
         built = build_index(key_TK, placement.num_slots)
-        sums_L = count_sums(key_TK // placement.slots_per_rank, self.num_ranks, self._groups)
+        sums_L = count_sums(key_TK, placement.slots_per_rank, self.num_ranks, self._groups)
         told = self._counts(asked, built.count_N.view(self.num_ranks, -1), sums_L)
         sent_PE, received_PE, num_sums = told
         sent = [count for counts_E in sent_PE for count in counts_E]
@@ -358,7 +358,7 @@ class Exchange:
         num_local = len(asked.placement.experts_PE[self.rank])
         dealt_key = deal_locally(asked.key, num_slots, num_local).view(-1, header.top_k)
         built = build_index(dealt_key, num_local)
-        sums_L = count_sums(dealt_key // num_local, 1, ())
+        sums_L = count_sums(dealt_key, num_local, 1, ())
         counts = count_keys(asked.key, num_slots).view(1, -1)
         [sent], _, num_sums = self._counts(asked, counts, sums_L)
         share, extra = divmod(sum(sent), num_local)

@@ -138,8 +138,8 @@ def count_reach(node_TK: torch.Tensor, relays: Relays) -> torch.Tensor:
     """
     levels = [relays.level(relays.node, node) for node in range(len(relays.nodes))]
     level_M1 = table_on(node_TK.device, [*levels, relays.num_levels + 1])
-    level_L = torch.arange(relays.num_levels + 1, device=node_TK.device)
-    return (level_M1[node_TK].amin(1)[:, None] <= level_L).sum(0)
+    level_TK = level_M1.index_select(0, node_TK.flatten()).view_as(node_TK)
+    return torch.stack([(level_TK <= level).any(1).sum() for level in range(relays.num_levels + 1)])
 
 
 def make_shares(

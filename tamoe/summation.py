@@ -89,16 +89,16 @@ def plan_sum(
 
 
 def count_sums(
-    rank_TK: torch.Tensor, num_ranks: int, groups: Sequence[Sequence[int]]
+    slot_TK: torch.Tensor, slots_per_rank: int, num_ranks: int, groups: Sequence[Sequence[int]]
 ) -> torch.Tensor:
     """Sums that each level makes of a token's rows, then tokens that have a row, ``[L + 1]``.
 
     Parameters
     ----------
-    rank_TK
-        Rank that hosts the expert of each choice, P where it was dropped.
-    num_ranks
-        Ranks P.
+    slot_TK
+        Slot of each choice, one past all where it was dropped.
+    slots_per_rank, num_ranks
+        Slots of each rank, and ranks.
     groups
         Group of each rank at each level.
 
@@ -106,16 +106,18 @@ def count_sums(
     --------
     Token 0 goes to both ranks of group 0, which makes one sum of its rows.
 
-    >>> count_sums(torch.tensor([[0, 1], [2, 0], [3, 3]]), 3, [[0, 0, 1]]).tolist()
+    >>> count_sums(torch.tensor([[0, 1], [2, 0], [3, 3]]), 1, 3, [[0, 0, 1]]).tolist()
     [3, 2]
     """
     counts = []
     for group in groups:
         num_groups = 1 + max(group)
-        group_TK = table_on(rank_TK.device, [*group, num_groups])[rank_TK]
-        touch_TG = group_TK.new_zeros(len(rank_TK), num_groups + 1, dtype=torch.bool)
+        table = [number for number in group for _ in range(slots_per_rank)]
+        group_of_slot = table_on(slot_TK.device, [*table, num_groups])
+        group_TK = group_of_slot.index_select(0, slot_TK.flatten()).view_as(slot_TK)
+        touch_TG = group_TK.new_zeros(len(slot_TK), num_groups + 1, dtype=torch.bool)
         counts.append(touch_TG.scatter_(1, group_TK, True)[:, :num_groups].sum())
-    return torch.stack([*counts, (rank_TK < num_ranks).any(1).sum()])
+    return torch.stack([*counts, (slot_TK < slots_per_rank * num_ranks).any(1).sum()])
 
 
 def plan_stage(
