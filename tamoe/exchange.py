@@ -49,9 +49,10 @@ class Exchange:
     switches. So results do not depend on kind or schedule; where the experts are decides how they
     round. A row is multiplied by its weight and rounded to the rows' dtype before it is added.
 
-    A dispatch needs one host round trip for counts, two where a rank has to be told more than 247
-    counts (flat: E, the most experts that a rank has; hierarchical: E for each rank of a node and
-    twice the nodes, for each part); combine and the backward passes need none. All ranks must call
+    A dispatch makes the host wait for the device once, for counts; twice where a rank has to be
+    told more than 247 of them (flat: E, the most experts that a rank has; hierarchical: E for each
+    rank of a node and twice the nodes, for each part). What follows, combine and the backward
+    passes never do, given kernels (:mod:`tamoe.ops`). All ranks must call
     dispatch and combine, and run backward, equally often and in the same order, also ranks without
     tokens.
 

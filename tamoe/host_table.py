@@ -20,6 +20,6 @@ def table_on(device: torch.device, values: Sequence[Any]) -> torch.Tensor:
     [[0, 1], [2, 3]]
     """
     table = torch.tensor(values, dtype=torch.int64)
-    if device.type == "cpu":
-        return table
-    return table.pin_memory().to(device, non_blocking=True)
+    if device.type == "cuda":
+        table = table.pin_memory()
+    return table.to(device, non_blocking=True)
