@@ -25,7 +25,7 @@ from tamoe.shares import count_keys, counts_of_parts, cut_tokens, make_shares, s
 from tamoe.solver.relays import make_relays, sum_groups
 from tamoe.summation import count_sums
 from tamoe.topology.errors import InputError, whole
-from tamoe.waiting import Patience
+from tamoe.waiting import Patience, checked_timeout
 
 if TYPE_CHECKING:
     from tamoe.groups import Group
@@ -52,9 +52,8 @@ class Exchange:
     A dispatch makes the host wait for the device once, for counts; twice where a rank has to be
     told more than 247 of them (flat: E, the most experts that a rank has; hierarchical: E for each
     rank of a node and twice the nodes, for each part). What follows, combine and the backward
-    passes never do, given kernels (:mod:`tamoe.ops`). All ranks must call
-    dispatch and combine, and run backward, equally often and in the same order, also ranks without
-    tokens.
+    passes do not, given kernels (:mod:`tamoe.ops`). All ranks must call dispatch and combine, and
+    run backward, equally often and in the same order, also ranks without tokens.
 
     Parameters
     ----------
@@ -157,7 +156,7 @@ class Exchange:
         if self.kind == "hierarchical":
             self.schedule = "rounds"
         moves = self.group if self.kind != "none" else None
-        patience = Patience(f"{self.kind} exchange", _checked_timeout(timeout_s))
+        patience = Patience(f"{self.kind} exchange", checked_timeout(timeout_s))
         self._mover = Mover(moves, self.nodes, self.rank, self.schedule, patience)
         self._groups = sum_groups(topology) if self.kind != "none" else ()
         self._relays = make_relays(self.rank, self.nodes, self._groups)
@@ -319,17 +318,17 @@ class Exchange:
         raise InputError(header.problem)
 
     def _flat(self, asked: Asked) -> _Planned:
-        num_tokens, top_k = asked.header.num_tokens, asked.header.top_k
-        key_TK, placement = asked.key.view(-1, top_k), asked.placement
+        placement, top_k = asked.placement, asked.header.top_k
+        key_TK = asked.key.view(-1, top_k)
         built = build_index(key_TK, placement.num_slots)
         sums_L = count_sums(key_TK, placement.slots_per_rank, self.num_ranks, self._groups)
-        told = self._counts(asked, built.count_N.view(self.num_ranks, -1), sums_L)
-        sent_PE, received_PE, num_sums = told
+        count_PE = built.count_N.view(self.num_ranks, -1)
+        sent_PE, received_PE, num_sums = self._counts(asked, count_PE, sums_L)
         sent = [count for counts_E in sent_PE for count in counts_E]
         choice_n = built.choice[: sum(sent)]
-        token_n, weight_n = choice_n // top_k, asked.weight_of(choice_n)
-        by_rank = (sent_PE, received_PE, self._groups, num_sums)
-        return plan_flat(self._mover, num_tokens, token_n, weight_n, *by_rank), sent, received_PE
+        rows = asked.header.num_tokens, choice_n // top_k, asked.weight_of(choice_n)
+        route = plan_flat(self._mover, *rows, sent_PE, received_PE, self._groups, num_sums)
+        return route, sent, received_PE
 
     def _relayed(self, asked: Asked) -> _Planned:
         relays, header = self._relays, asked.header
@@ -365,10 +364,8 @@ class Exchange:
         share, extra = divmod(sum(sent), num_local)
         dealt_PE = [[share + (expert < extra) for expert in range(num_local)]]
         choice_n = built.choice[: sum(sent)]
-        token_n, weight_n = choice_n // header.top_k, asked.weight_of(choice_n)
-        by_rank = (dealt_PE, dealt_PE, (), num_sums)
-        route = plan_flat(self._mover, header.num_tokens, token_n, weight_n, *by_rank)
-        return route, sent, dealt_PE
+        rows = header.num_tokens, choice_n // header.top_k, asked.weight_of(choice_n)
+        return plan_flat(self._mover, *rows, dealt_PE, dealt_PE, (), num_sums), sent, dealt_PE
 
     def _counts(
         self, asked: Asked, word_PW: torch.Tensor, own_X: torch.Tensor
@@ -387,12 +384,6 @@ class Exchange:
             raise RefusedValues("the exchange refused values of this rank")
         words = told[len(note_X) :]
         return [words], [words], told[1 : len(note_X)]
-
-
-def _checked_timeout(timeout_s: float | None) -> float | None:
-    if timeout_s is not None and not timeout_s > 0:
-        raise InputError(f"timeout_s is {timeout_s!r}; allowed: > 0 seconds, or None")
-    return timeout_s
 
 
 def _chosen(topology_or_plan: Any) -> tuple[Literal["flat", "hierarchical"], str]:
