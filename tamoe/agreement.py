@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from tamoe.host_table import table_on
 from tamoe.schedules import Nodes
 from tamoe.topology.errors import InputError
 from tamoe.waiting import Patience
@@ -60,13 +61,13 @@ def layout_code(kind: str, schedule: str, nodes: Nodes, rank_of_N: Sequence[int]
 def exchange_counts(
     header: Header,
     count_PW: torch.Tensor,
-    refused: torch.Tensor,
+    note_X: torch.Tensor,
     group: dist.ProcessGroup,
     patience: Patience,
-) -> tuple[list[list[int]], list[list[int]], list[int]]:
+) -> tuple[list[list[int]], list[list[int]], list[int], list[int]]:
     """Tell every rank the counts that it has to know; learn from all what this rank has to know.
 
-    One round trip to the host, two beyond :data:`INLINE_COUNTS` counts for a rank.
+    The host waits for the device once, twice beyond :data:`INLINE_COUNTS` counts for a rank.
 
     Parameters
     ----------
@@ -74,9 +75,9 @@ def exchange_counts(
         This rank's side of the agreement.
     count_PW
         ``[P, W]`` int64, W counts for each rank, on the device that the group works on.
-    refused
-        Scalar, nonzero where values on the device are not allowed. Kept on the device so that one
-        read brings everything to the host.
+    note_X
+        ``[X]`` int64, X >= 1, what this rank's own host has to know: first, nonzero where values on
+        the device are not allowed. Kept on the device so that one read brings everything.
     group
         The ranks.
     patience
@@ -84,8 +85,8 @@ def exchange_counts(
 
     Returns
     -------
-    sent_PW, received_PW, tokens_P
-        Counts told to each rank and by each rank; tokens of each rank.
+    sent_PW, received_PW, tokens_P, note_X
+        Counts told to each rank and by each rank; tokens of each rank; the notes.
 
     Raises
     ------
@@ -95,20 +96,22 @@ def exchange_counts(
     num_ranks, num_counts = count_PW.shape
     inline = min(num_counts, INLINE_COUNTS)
     message = torch.zeros(num_ranks, MESSAGE_WORDS, dtype=torch.int32, device=count_PW.device)
-    message[:, :HEADER_WORDS] = torch.tensor(header.words(), device=count_PW.device)
-    message[:, 0] += refused.to(torch.int32)
+    message[:, :HEADER_WORDS] = table_on(count_PW.device, header.words())
+    message[:, 0] += note_X[0].to(torch.int32)
     message[:, HEADER_WORDS : HEADER_WORDS + inline] = count_PW[:, :inline]
     answer = _swapped(message, group, patience)
-    host = torch.cat([answer.flatten(), count_PW.flatten(), message[:1, 0]]).tolist()
-    words = _rows(host[: num_ranks * MESSAGE_WORDS], MESSAGE_WORDS)
-    _require_equal([row[:HEADER_WORDS] for row in words], header.problem, bool(host[-1]))
+    told = torch.cat([answer.flatten(), count_PW.flatten(), note_X]).tolist()
+    num_words = num_ranks * MESSAGE_WORDS
+    words, note = _rows(told[:num_words], MESSAGE_WORDS), told[len(told) - len(note_X) :]
+    _require_equal([row[:HEADER_WORDS] for row in words], header.problem, bool(note[0]))
     received_PW = [row[HEADER_WORDS : HEADER_WORDS + inline] for row in words]
     if num_counts > inline:
         rest = count_PW[:, inline:].to(torch.int32)  # rows of one rank, so that they fit
         tails = _swapped(rest, group, patience).tolist()
         received_PW = [row + tail for row, tail in zip(received_PW, tails, strict=True)]
     tokens_P = [row[HEADER_WORDS - 1] for row in words]
-    return _rows(host[num_ranks * MESSAGE_WORDS : -1], num_counts), received_PW, tokens_P
+    sent_PW = _rows(told[num_words : len(told) - len(note_X)], num_counts)
+    return sent_PW, received_PW, tokens_P, note
 
 
 def _swapped(message: torch.Tensor, group: dist.ProcessGroup, patience: Patience) -> torch.Tensor:

@@ -16,14 +16,17 @@ from tamoe.flat import FlatRoute, plan_flat, slices_for
 from tamoe.groups import group_rank, group_size, process_group, works_by_gloo
 from tamoe.handle import Asked, Handle, deal_locally, input_problem, sort_keys
 from tamoe.hierarchical import RelayRoute, plan_relays
+from tamoe.ops import build_index
 from tamoe.placement import Placement, contiguous, experts_problem, resolve_placement
 from tamoe.record import note_counts, timed
+from tamoe.relay_route import whole_order
 from tamoe.schedules import Mover, Schedule
-from tamoe.shares import count_keys, counts_of_parts, cut_tokens, describe_parts, make_shares
+from tamoe.shares import count_keys, counts_of_parts, cut_tokens, make_shares, sort_parts
 from tamoe.solver.exchange_cost import MOST_PARTS, num_parts
 from tamoe.solver.relays import make_relays, sum_groups
+from tamoe.summation import count_sums
 from tamoe.topology.errors import InputError, whole
-from tamoe.waiting import Patience
+from tamoe.waiting import Patience, checked_timeout
 
 if TYPE_CHECKING:
     from tamoe.groups import Group
@@ -44,11 +47,11 @@ class Exchange:
     switches. So results do not depend on kind or schedule; where the experts are decides how they
     round. A row is multiplied by its weight and rounded to the rows' dtype before it is added.
 
-    A dispatch needs one host round trip for counts, two where a rank has to be told more than 247
-    counts (flat: E, the most experts that a rank has; hierarchical: E for each rank of a node and
-    twice the nodes, for each part); combine and the backward passes need none. All ranks must call
-    dispatch and combine, and run backward, equally often and in the same order, also ranks without
-    tokens.
+    A dispatch makes the host wait for the device once, for counts; twice where a rank has to be
+    told more than 247 of them (flat: E, the most experts that a rank has; hierarchical: E for each
+    rank of a node and twice the nodes, for each part). What follows, combine and the backward
+    passes do not, given kernels (:mod:`tamoe.ops`). All ranks must call dispatch and combine, and
+    run backward, equally often and in the same order, also ranks without tokens.
 
     Parameters
     ----------
@@ -155,7 +158,7 @@ class Exchange:
         if self.kind == "hierarchical":
             self.schedule = "rounds"
         moves = self.group if self.kind != "none" else None
-        patience = Patience(f"{self.kind} exchange", _checked_timeout(timeout_s))
+        patience = Patience(f"{self.kind} exchange", checked_timeout(timeout_s))
         self._mover = Mover(moves, self.nodes, self.rank, self.schedule, patience)
         self._groups = sum_groups(topology) if self.kind != "none" else ()
         self._relays = make_relays(self.rank, self.nodes, self._groups)
@@ -313,33 +316,37 @@ class Exchange:
         if self._mover.group is not None:
             nothing_PW = torch.zeros(self.num_ranks, 1, dtype=torch.int64, device=device)
             exchange_counts(
-                header, nothing_PW, nothing_PW[0, 0], self._mover.group, self._mover.patience
+                header, nothing_PW, nothing_PW[0], self._mover.group, self._mover.patience
             )
         raise InputError(header.problem)
 
     def _flat(self, asked: Asked) -> _Planned:
-        num_tokens = asked.header.num_tokens
-        counts = count_keys(asked.key, asked.placement.num_slots)
-        sent_PE, received_PE = self._counts(asked, counts.view(self.num_ranks, -1))
+        placement, top_k = asked.placement, asked.header.top_k
+        key_TK = asked.key.view(-1, top_k)
+        built = build_index(key_TK, placement.num_slots)
+        sums_L = count_sums(key_TK, placement.slots_per_rank, self.num_ranks, self._groups)
+        count_PE = built.count_N.view(self.num_ranks, -1)
+        sent_PE, received_PE, num_sums = self._counts(asked, count_PE, sums_L)
         sent = [count for counts_E in sent_PE for count in counts_E]
-        choices = asked.sorted_choices(asked.key, sum(sent))
-        header = asked.header
-        most_rows = (self._most_tokens or 0) * header.top_k
+        header, choice_n = asked.header, built.choice[: sum(sent)]
+        most_rows = (self._most_tokens or 0) * top_k
         num_slices = slices_for(most_rows * header.hidden_size * header.dtype.itemsize)
-        route = plan_flat(
-            self._mover, num_tokens, *choices, sent_PE, received_PE, self._groups, num_slices
-        )
+        rows = header.num_tokens, choice_n // top_k, asked.weight_of(choice_n)
+        plan = self._mover, *rows, sent_PE, received_PE, self._groups, num_sums
+        route = plan_flat(*plan, num_slices=num_slices)
         return route, sent, received_PE
 
     def _relayed(self, asked: Asked) -> _Planned:
         relays, header = self._relays, asked.header
         num_local = asked.placement.slots_per_rank
         cut = cut_tokens(asked.key, header.top_k, num_local, asked.num_parts, relays)
-        word_PW, parents = describe_parts(cut, relays)
-        sent_PW, received_PW = self._counts(asked, word_PW)
-        shares = make_shares(cut, parents, sent_PW, received_PW, relays)
+        parts = sort_parts(cut, relays)
+        word_PW = torch.cat([part.word_PW for part in parts], 1)
+        reach = torch.cat([part.reach_L for part in parts])
+        sent_PW, received_PW, reached = self._counts(asked, word_PW, reach)
+        shares = make_shares(cut, parts, reached, sent_PW, received_PW, relays)
         sent_PE, received_PE = counts_of_parts(shares, relays)
-        _, weight_n = asked.sorted_choices(asked.key, sum(map(sum, sent_PE)))
+        weight_n = None if asked.weight_TK is None else asked.weight_of(whole_order(shares, relays))
         route = plan_relays(self._mover, relays, shares, weight_n, header.dtype)
         return route, [count for counts_E in sent_PE for count in counts_E], received_PE
 
@@ -355,37 +362,36 @@ class Exchange:
 
     def _kept(self, asked: Asked) -> _Planned:
         """Every rank works on its own rows, dealt in turn to its experts."""
-        num_tokens, num_slots = asked.header.num_tokens, asked.placement.num_slots
+        header, num_slots = asked.header, asked.placement.num_slots
         num_local = len(asked.placement.experts_PE[self.rank])
-        sent = self._counts(asked, count_keys(asked.key, num_slots).view(1, -1))[0][0]
+        dealt_key = deal_locally(asked.key, num_slots, num_local).view(-1, header.top_k)
+        built = build_index(dealt_key, num_local)
+        sums_L = count_sums(dealt_key, num_local, 1, ())
+        counts = count_keys(asked.key, num_slots).view(1, -1)
+        [sent], _, num_sums = self._counts(asked, counts, sums_L)
         share, extra = divmod(sum(sent), num_local)
         dealt_PE = [[share + (expert < extra) for expert in range(num_local)]]
-        dealt_key = deal_locally(asked.key, num_slots, num_local)
-        choices = asked.sorted_choices(dealt_key, sum(sent))
-        route = plan_flat(self._mover, num_tokens, *choices, dealt_PE, dealt_PE, ())
-        return route, sent, dealt_PE
+        choice_n = built.choice[: sum(sent)]
+        rows = header.num_tokens, choice_n // header.top_k, asked.weight_of(choice_n)
+        return plan_flat(self._mover, *rows, dealt_PE, dealt_PE, (), num_sums), sent, dealt_PE
 
     def _counts(
-        self, asked: Asked, word_PW: torch.Tensor
-    ) -> tuple[list[list[int]], list[list[int]]]:
-        """Words told to each rank and by each rank."""
+        self, asked: Asked, word_PW: torch.Tensor, own_X: torch.Tensor
+    ) -> tuple[list[list[int]], list[list[int]], list[int]]:
+        """Words told to each rank and by each rank, and those that this rank keeps to itself."""
+        note_X = torch.cat([asked.refused.to(torch.int64).view(1), own_X])
         if self._mover.group is not None:
             with timed("counts", word_PW.device):
-                answer = exchange_counts(
-                    asked.header, word_PW, asked.refused, self._mover.group, self._mover.patience
+                sent_PW, received_PW, tokens_P, note = exchange_counts(
+                    asked.header, word_PW, note_X, self._mover.group, self._mover.patience
                 )
-            self._most_tokens = max(answer[2])
-            return answer[:2]
-        *words, bad = torch.cat([word_PW.flatten(), asked.refused.to(torch.int64).view(1)]).tolist()
-        if bad:
+            self._most_tokens = max(tokens_P)
+            return sent_PW, received_PW, note[1:]
+        told = torch.cat([note_X, word_PW.flatten()]).tolist()
+        if told[0]:
             raise RefusedValues("the exchange refused values of this rank")
-        return [words], [words]
-
-
-def _checked_timeout(timeout_s: float | None) -> float | None:
-    if timeout_s is not None and not timeout_s > 0:
-        raise InputError(f"timeout_s is {timeout_s!r}; allowed: > 0 seconds, or None")
-    return timeout_s
+        words = told[len(note_X) :]
+        return [words], [words], told[1 : len(note_X)]
 
 
 def _chosen(topology_or_plan: Any) -> tuple[str, str | None, str]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from tamoe.host_table import table_on
 from tamoe.ops import copy_rows_, gather_rows
 from tamoe.precision import dot, weigh
 from tamoe.record import Phase
@@ -110,6 +111,7 @@ def plan_flat(
     sent_PE: Sequence[Sequence[int]],
     received_PE: Sequence[Sequence[int]],
     groups: Sequence[Sequence[int]],
+    num_sums: Sequence[int] | None = None,
     num_slices: int = 1,
 ) -> FlatRoute:
     """Plan both ways.
@@ -126,12 +128,15 @@ def plan_flat(
         Rows for the experts of each rank, and from each rank for the experts of this one.
     groups
         Group of each rank at each level of the sum.
+    num_sums
+        See :func:`~tamoe.summation.plan_sum`.
     num_slices
         Slices that the rows travel in, >= 1, the same on all ranks; from :func:`slices_for`.
     """
     send_splits, receive_splits = ([*map(sum, way)] for way in (sent_PE, received_PE))
     place_R = _places(received_PE, token_n.device)
-    sum_plan = plan_sum(token_n, repeated(send_splits, token_n.device), num_tokens, groups)
+    rank_n = repeated(send_splits, token_n.device)
+    sum_plan = plan_sum(token_n, rank_n, num_tokens, groups, num_sums)
     slices: tuple[Slice, ...] = (Slice(send_splits, receive_splits, slice(None), place_R),)
     if num_slices > 1:
         slices, order_n = _cut(send_splits, receive_splits, place_R, num_slices, token_n.device)
@@ -193,7 +198,7 @@ def sliced(
     """
     begins_P = [[c * number // num_slices for c in splits] for number in range(num_slices + 1)]
     parts = [[b - a for a, b in zip(*pair, strict=True)] for pair in pairwise(begins_P)]
-    count_P = torch.tensor(splits, dtype=torch.int64, device=device)
+    count_P = table_on(device, splits)
     rank_n = repeated(splits, device)
     end_n = torch.arange(1, len(rank_n) + 1, device=device) - (count_P.cumsum(0) - count_P)[rank_n]
     # The slice of a pair's row j of c is the last one that begins at or before it.
@@ -208,9 +213,8 @@ def repeated(counts: Sequence[int], device: torch.device) -> torch.Tensor:
     >>> repeated([2, 0, 1], torch.device("cpu")).tolist()
     [0, 0, 2]
     """
-    count = torch.tensor(counts, dtype=torch.int64, device=device)
     numbers = torch.arange(len(counts), device=device)
-    return numbers.repeat_interleave(count, output_size=sum(counts))
+    return numbers.repeat_interleave(table_on(device, counts), output_size=sum(counts))
 
 
 def arrangement(
@@ -228,7 +232,7 @@ def arrangement(
     if keys == sorted(keys):
         return None
     counts = [count for _, rows in blocks for count in rows]
-    key_R = torch.tensor(keys, device=device)[repeated(counts, device)]
+    key_R = table_on(device, keys)[repeated(counts, device)]
     return torch.argsort(key_R, stable=True)
 
 

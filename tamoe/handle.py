@@ -13,6 +13,7 @@ import torch
 from tamoe.agreement import DTYPES, Header
 from tamoe.flat import FlatRoute
 from tamoe.hierarchical import RelayRoute
+from tamoe.host_table import table_on
 from tamoe.placement import Placement, experts_problem
 
 INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8)
@@ -49,14 +50,11 @@ class Asked:
     weight_TK: torch.Tensor | None
     num_parts: int
 
-    def sorted_choices(
-        self, key: torch.Tensor, num_kept: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Token and weight of each kept choice, sorted by key, then by token."""
-        choice_n = torch.argsort(key, stable=True)[:num_kept]
-        weight_TK = self.weight_TK
-        weight_n = None if weight_TK is None else weight_TK.flatten().index_select(0, choice_n)
-        return choice_n // self.header.top_k, weight_n
+    def weight_of(self, choice_n: torch.Tensor) -> torch.Tensor | None:
+        """Factors of chosen flat choices, with their graph."""
+        return (
+            None if self.weight_TK is None else self.weight_TK.flatten().index_select(0, choice_n)
+        )
 
 
 def input_problem(
@@ -108,7 +106,7 @@ def sort_keys(index_TK: torch.Tensor, placement: Placement) -> tuple[torch.Tenso
     key = torch.where(kept_TK, index_TK, num_experts).flatten()
     if not placement.is_contiguous:
         table = [*placement.slot_N, placement.num_slots]
-        key = torch.tensor(table, device=key.device)[key]
+        key = table_on(key.device, table)[key]
     return key, ((index_TK < -1) | (index_TK >= num_experts)).any()
 
 

@@ -7,6 +7,7 @@ an output, m rows copied, S sums, J terms of all sums.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from tamoe.pieces import pieces, rows_of_piece
@@ -26,9 +27,9 @@ def build_index(
     refused = (~kept_TK & (index_TK != -1)).sum()
     key = torch.where(kept_TK, index_TK, num_experts).flatten()
     count_N = _counts(key, num_experts)
-    order = torch.argsort(key, stable=True)
-    sorted_key = key[order]
-    choice = torch.where(sorted_key < num_experts, order, -1)
+    choice = _stable_order(key, num_experts)
+    num_kept = int(count_N.sum())
+    choice[num_kept:] = -1
     if group_of_expert_N is None:
         return choice, count_N, refused, *(key.new_empty(0) for _ in range(3))
     # One more group holds what was dropped, and is cut off at the end.
@@ -42,9 +43,21 @@ def build_index(
     found = touched_GT.nonzero()[:, 1]
     touch_token = key.new_full((num_tokens * min(top_k, num_groups),), -1)
     touch_token[: len(found)] = found
-    row = row_GT[group_N1[sorted_key].clamp_max(num_groups - 1), token[order]]
-    touch_row = torch.where(sorted_key < num_experts, row, -1)
+    touch_row = torch.full_like(choice, -1)
+    kept = choice[:num_kept]
+    touch_row[:num_kept] = row_GT[group_N1[key[kept]], token[kept]]
     return choice, count_N, refused, touch_token, touch_count_G, touch_row
+
+
+def _stable_order(key: torch.Tensor, most: int) -> torch.Tensor:
+    """Stable argsort of keys from 0 to ``most``.
+
+    NumPy sorts 16-bit keys by radix: 8,192 of them in 0.05 ms, where torch.argsort takes 0.4.
+    """
+    if key.device.type != "cpu" or most > np.iinfo(np.int16).max:
+        return torch.argsort(key, stable=True)
+    order: torch.Tensor = torch.from_numpy(np.argsort(key.to(torch.int16).numpy(), kind="stable"))
+    return order
 
 
 def _counts(key: torch.Tensor, num_experts: int) -> torch.Tensor:

@@ -18,6 +18,7 @@ from itertools import accumulate
 import torch
 
 from tamoe.flat import repeated
+from tamoe.host_table import table_on
 from tamoe.shares import Share, Told, counts_for_ranks
 from tamoe.solver.relays import Relays
 from tamoe.summation import Stage, plan_stage
@@ -142,13 +143,18 @@ def plan_hops(share: Share, heard_P: Sequence[torch.Tensor], relays: Relays) -> 
         _splits(relays, {p: len(block) for p, block in zip(near, blocks, strict=True)}),
         _splits(relays, {p: rows_pp[p, me] for p in near}),
     )
-    stages = [plan_stage(copy_m, torch.zeros_like(copy_m), 1)]
+    # A copy comes only to a node that hosts one of its experts, so all that came have a sum; of
+    # this rank's own tokens those that reach so far.
+    num_sums = [
+        reached + sum(map(sum, receive_LP[level:])) for level, reached in enumerate(share.reach_L)
+    ]
+    stages = [plan_stage(copy_m, torch.zeros_like(copy_m), 1, num_sums[0])]
     sums_m = copy_m[stages[0].first_m]  # copies that have a sum so far, ascending
     between: list[Hop] = []
     for level in range(1, 1 + relays.num_levels):
         receive_splits = receive_LP[level - 1]
         left_m = sums_m[: len(sums_m) - sum(receive_splits)]  # the others go back by this hop
-        hop, stage = _hop(level, receive_splits, left_m, onward, relays)
+        hop, stage = _hop(level, receive_splits, left_m, onward, num_sums[level], relays)
         sums_m = torch.cat([left_m, hop.copy_m])[stage.first_m]
         between.insert(0, hop)
         stages.insert(0, stage)
@@ -162,6 +168,7 @@ def _hop(
     receive_splits: tuple[int, ...],
     left_m: torch.Tensor,
     onward: dict[tuple[int, int], torch.Tensor],
+    num_sums: int,
     relays: Relays,
 ) -> tuple[Hop, Stage]:
     """The hop between nodes of one level; its sums are ordered by the groups below that level."""
@@ -169,9 +176,9 @@ def _hop(
     blocks, sends = _blocks(level, onward, relays)
     copy_m = torch.cat([left_m[:0], *blocks])
     ranks = repeated(_splits(relays, sends), left_m.device)
-    group_P = torch.tensor([group_M[node] for node in relays.node_of], device=left_m.device)
+    group_P = table_on(left_m.device, [group_M[node] for node in relays.node_of])
     lower_m = torch.cat([torch.full_like(left_m, group_M[relays.node]), group_P[ranks]])
-    stage = plan_stage(torch.cat([left_m, copy_m]), lower_m, 1 + max(group_M))
+    stage = plan_stage(torch.cat([left_m, copy_m]), lower_m, 1 + max(group_M), num_sums)
     return Hop(level, copy_m, _splits(relays, sends), receive_splits), stage
 
 
@@ -284,10 +291,23 @@ def row_places(
         counts = [counts_PE[source][expert] for source in sources for expert in range(num_local)]
         starts = [start_PE[source][expert] for source in sources for expert in range(num_local)]
         begins = [0, *accumulate(counts)]
-        shift = torch.tensor([a - b for a, b in zip(starts, begins, strict=False)], device=device)
+        shift = table_on(device, [a - b for a, b in zip(starts, begins, strict=False)])
         row_R = torch.arange(sum(counts), device=device)
         places.append(row_R + shift[repeated(counts, device)])
     return places
+
+
+def whole_order(shares: Sequence[Share], relays: Relays) -> torch.Tensor:
+    """Kept choices of all parts, sorted by expert, then by token: the parts' orders, merged."""
+    if len(shares) == 1:
+        return shares[0].choice_n
+    counts_cPE = [counts_for_ranks(share.own_P, relays) for share in shares]
+    counts_cN = [[[*itertools.chain(*counts_PE)]] for counts_PE in counts_cPE]  # of one source
+    places = row_places(counts_cN, [0], shares[0].choice.device)
+    order_n = shares[0].choice.new_empty(sum(map(len, places)))
+    for share, place in zip(shares, places, strict=True):
+        order_n[place] = share.choice_n + share.tokens.start * share.top_k
+    return order_n
 
 
 def _splits(relays: Relays, rows: dict[int, int]) -> tuple[int, ...]:

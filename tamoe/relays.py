@@ -11,6 +11,7 @@ from itertools import accumulate
 
 import torch
 
+from tamoe.host_table import table_on
 from tamoe.solver.relays import Relays
 
 
@@ -87,7 +88,7 @@ def list_copies(parent_TM: torch.Tensor, forward_MM: Sequence[Sequence[int]]) ->
     entry_m = order_m % max(num_tokens, 1)
     target_m = order_m // max(num_tokens, 1)
     received_M = [sum(column) for column in zip(*forward_MM, strict=True)]
-    start_M = torch.tensor([0, *accumulate(received_M)][:num_nodes], device=device)
+    start_M = table_on(device, [0, *accumulate(received_M)][:num_nodes])
     position_TM = torch.arange(num_tokens, device=device)[:, None].repeat(1, num_nodes)
     place_m = torch.arange(len(entry_m), device=device)
     position_TM[entry_m, target_m] = place_m - start_M[target_m]
@@ -110,14 +111,14 @@ def _spread(
 ) -> None:
     """Copy tokens from their node ``home_T`` in a group to the groups that it consists of."""
     if len(group_LM) <= 1:  # the groups are nodes
-        nodes = torch.tensor(members, device=home_T.device)
+        nodes = table_on(home_T.device, members)
         wanted = touch_TM[:, nodes] & (nodes != home_T[:, None])
         parent_TM[:, nodes] = torch.where(wanted, home_T[:, None], parent_TM[:, nodes])
         return
     of_node = group_LM[-1]
     for group in dict.fromkeys(of_node[node] for node in members):
         inside = [node for node in members if of_node[node] == group]
-        nodes = torch.tensor(inside, device=home_T.device)
+        nodes = table_on(home_T.device, inside)
         at_home_T = (home_T[:, None] == nodes).any(1)
         entry_T = torch.where(at_home_T, home_T, _first_touched(touch_TM, nodes))
         leaves_T = touch_TM[:, nodes].any(1) & ~at_home_T

@@ -15,6 +15,8 @@ from functools import cached_property
 
 import torch
 
+from tamoe.host_table import table_on
+from tamoe.ops import build_index
 from tamoe.relays import Copies, list_copies, plan_forwarding
 from tamoe.solver.relays import Relays
 
@@ -34,6 +36,8 @@ class Share:
 
     tokens: slice
     key: torch.Tensor  # expert of each choice, N where it was dropped
+    choice: torch.Tensor  # flat choices of these tokens, the kept ones first: by expert, by token
+    reach_L: Sequence[int]  # tokens with an expert at most 0, 1, 2 … levels of switches away
     top_k: int
     node_N: torch.Tensor  # node of each expert; M at N
     parent_TM: torch.Tensor  # forwarding trees
@@ -48,10 +52,14 @@ class Share:
         return list_copies(self.parent_TM, forward_MM)
 
     @cached_property
+    def choice_n(self) -> torch.Tensor:
+        """Kept choices, sorted by expert."""
+        return self.choice[: sum(map(sum, counts_for_ranks(self.own_P, self.relays)))]
+
+    @cached_property
     def position_n(self) -> torch.Tensor:
         """Place on the node of its expert of each choice, sorted by expert."""
-        num_kept = sum(map(sum, counts_for_ranks(self.own_P, self.relays)))
-        choice_n = torch.argsort(self.key, stable=True)[:num_kept]
+        choice_n = self.choice_n
         return self.copies.position_TM[choice_n // self.top_k, self.node_N[self.key[choice_n]]]
 
 
@@ -91,31 +99,59 @@ def cut_tokens(
         key.tensor_split([top_k * bound for bound in bounds[1:-1]]),
         top_k,
         num_local,
-        torch.tensor([*nodes, len(relays.nodes)], device=key.device),
+        table_on(key.device, [*nodes, len(relays.nodes)]),
     )
 
 
-def describe_parts(cut: Cut, relays: Relays) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Counts to tell each rank, ``[P, W]``, and the forwarding trees of each part."""
-    words, parents = [], []
+@dataclass(frozen=True, eq=False)
+class Sorted:
+    """What a rank finds out about a part of its tokens before the host waits for the counts."""
+
+    word_PW: torch.Tensor  # counts to tell each rank
+    choice: torch.Tensor  # flat choices of the part, the kept ones first: by expert, by token
+    parent_TM: torch.Tensor  # forwarding trees
+    reach_L: torch.Tensor  # tokens with an expert at most 0, 1, 2 … levels of switches away
+
+
+def sort_parts(cut: Cut, relays: Relays) -> list[Sorted]:
+    """Sort the choices of each part and count; the device is not waited for."""
+    parts = []
     for tokens, key in zip(cut.tokens, cut.keys, strict=True):
         node_key = cut.node_N[key]
         parent_TM, forward_MM = plan_forwarding(node_key, tokens.stop - tokens.start, relays)
-        num_experts = cut.num_local * len(relays.node_of)
-        words.append(count_words(forward_MM, count_keys(key, num_experts), relays))
-        parents.append(parent_TM)
-    return torch.cat(words, 1), parents
+        built = build_index(key.view(-1, cut.top_k), cut.num_local * len(relays.node_of))
+        words = count_words(forward_MM, built.count_N, relays)
+        reach_L = count_reach(node_key.view(-1, cut.top_k), relays)
+        parts.append(Sorted(words, built.choice, parent_TM, reach_L))
+    return parts
+
+
+def count_reach(node_TK: torch.Tensor, relays: Relays) -> torch.Tensor:
+    """Tokens with a choice at most 0, 1, … L levels of switches away, ``[L + 1]``.
+
+    Examples
+    --------
+    >>> from tamoe.solver.relays import make_relays
+    >>> relays = make_relays(0, ((0,), (1,)), ((0, 1),))
+    >>> count_reach(torch.tensor([[0, 1], [1, 2], [2, 2]]), relays).tolist()  # node 2: dropped
+    [1, 2]
+    """
+    levels = [relays.level(relays.node, node) for node in range(len(relays.nodes))]
+    level_M1 = table_on(node_TK.device, [*levels, relays.num_levels + 1])
+    level_TK = level_M1.index_select(0, node_TK.flatten()).view_as(node_TK)
+    return torch.stack([(level_TK <= level).any(1).sum() for level in range(relays.num_levels + 1)])
 
 
 def make_shares(
     cut: Cut,
-    parents: Sequence[torch.Tensor],
+    parts: Sequence[Sorted],
+    reached: Sequence[int],
     sent_PW: Sequence[Sequence[int]],
     received_PW: Sequence[Sequence[int]],
     relays: Relays,
 ) -> list[Share]:
-    """The parts, once the counts of all ranks are known."""
-    size = len(sent_PW[0]) // len(cut.tokens)
+    """The parts, once the counts of all ranks are known; ``reached`` are those of all parts."""
+    size, levels = (len(words) // len(cut.tokens) for words in (sent_PW[0], reached))
     shares = []
     for part, (tokens, key) in enumerate(zip(cut.tokens, cut.keys, strict=True)):
         words = slice(part * size, (part + 1) * size)
@@ -124,8 +160,20 @@ def make_shares(
             for row, node in zip(sent_PW, relays.node_of, strict=True)
         ]
         told_P = [_read(row[words], relays.node, relays, cut.num_local) for row in received_PW]
-        share = Share(tokens, key, cut.top_k, cut.node_N, parents[part], own_P, told_P, relays)
-        shares.append(share)
+        shares.append(
+            Share(
+                tokens=tokens,
+                key=key,
+                choice=parts[part].choice,
+                reach_L=reached[part * levels : (part + 1) * levels],
+                top_k=cut.top_k,
+                node_N=cut.node_N,
+                parent_TM=parts[part].parent_TM,
+                own_P=own_P,
+                told_P=told_P,
+                relays=relays,
+            )
+        )
     return shares
 
 
@@ -150,13 +198,13 @@ def _added(counts_cPE: Sequence[Sequence[Sequence[int]]]) -> list[list[int]]:
 def count_words(forward_MM: torch.Tensor, count_N: torch.Tensor, relays: Relays) -> torch.Tensor:
     """Counts for each rank, ``[P, 2M + E · ranks of the largest node]``: a :class:`Told` each."""
     num_ranks = len(relays.node_of)
-    node_P = torch.tensor(relays.node_of, device=count_N.device)
+    node_P = table_on(count_N.device, relays.node_of)
     count_PE = count_N.view(num_ranks, -1)
     padded = torch.cat([count_PE, torch.zeros_like(count_PE[:1])])
     widest = max(map(len, relays.nodes))
-    ranks_Mp = torch.tensor(
+    ranks_Mp = table_on(
+        count_N.device,
         [[*ranks, *[num_ranks] * (widest - len(ranks))] for ranks in relays.nodes],
-        device=count_N.device,
     )
     choices_M = padded[ranks_Mp].flatten(1)
     return torch.cat([forward_MM[node_P], forward_MM.T[node_P], choices_M[node_P]], dim=1)

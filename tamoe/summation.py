@@ -6,7 +6,8 @@ partial sum is made in the accumulation dtype, starts with its first term and is
 dtype, as it would be if it crossed the link. An exchange that sends every row and one that sends
 partial sums then agree bit for bit.
 
-Shape suffixes: n rows sent, m partial sums, T tokens, D hidden size, P ranks.
+Shape suffixes: n rows sent, m partial sums, T tokens, K choices, G groups, L levels, D hidden size,
+P ranks.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from tamoe.host_table import table_on
 from tamoe.ops import combine, copy_rows_
 from tamoe.precision import weigh
 
 # Sums made at a time where there are several stages: many enough to hide the calls for each.
 PIECE_BYTES = 2**21
+PIECES_ON = ("cpu",)  # cutting sums reads their offsets, which would wait for a GPU
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +52,7 @@ def plan_sum(
     rank_n: torch.Tensor,
     num_tokens: int,
     groups: Sequence[Sequence[int]],
+    num_sums: Sequence[int] | None = None,
 ) -> SumPlan:
     """Stages that add up rows sorted by expert.
 
@@ -60,6 +64,8 @@ def plan_sum(
         Tokens T; those without a row sum to zero.
     groups
         Group of each rank at each level, from :func:`tamoe.solver.relays.sum_groups`.
+    num_sums
+        From :func:`count_sums`; None: counted here, which waits for the device.
 
     Examples
     --------
@@ -70,13 +76,16 @@ def plan_sum(
     num_ranks = 1 + max((max(group) for group in groups), default=0)
     stages: list[Stage] = []
     lower_n = torch.zeros_like(rank_n)
-    for group in (*groups, None):
+    for level, group in enumerate((*groups, None)):
         if group is None:
             upper_n = torch.zeros_like(rank_n)
         else:
-            upper_n = torch.tensor(group, device=rank_n.device)[rank_n]
-        stage = plan_stage(token_n * num_ranks + upper_n, lower_n, num_ranks)
-        if len(stage.first_m) < len(token_n):
+            upper_n = table_on(rank_n.device, group)[rank_n]
+        made = None if num_sums is None else num_sums[level]
+        if made != len(token_n):
+            stage = plan_stage(token_n * num_ranks + upper_n, lower_n, num_ranks, made)
+            made = len(stage.first_m)
+        if made < len(token_n):
             stages.append(stage)
             token_n, rank_n, upper_n = (v[stage.first_m] for v in (token_n, rank_n, upper_n))
         lower_n = upper_n
@@ -100,7 +109,41 @@ def reorder(plan: SumPlan, order_n: torch.Tensor) -> SumPlan:
     return replace(plan, stages=(first, *plan.stages[1:]))
 
 
-def plan_stage(sum_n: torch.Tensor, lower_n: torch.Tensor, num_lower: int) -> Stage:
+def count_sums(
+    slot_TK: torch.Tensor, slots_per_rank: int, num_ranks: int, groups: Sequence[Sequence[int]]
+) -> torch.Tensor:
+    """Sums that each level makes of a token's rows, then tokens that have a row, ``[L + 1]``.
+
+    Parameters
+    ----------
+    slot_TK
+        Slot of each choice, one past all where it was dropped.
+    slots_per_rank, num_ranks
+        Slots of each rank, and ranks.
+    groups
+        Group of each rank at each level.
+
+    Examples
+    --------
+    Token 0 goes to both ranks of group 0, which makes one sum of its rows.
+
+    >>> count_sums(torch.tensor([[0, 1], [2, 0], [3, 3]]), 1, 3, [[0, 0, 1]]).tolist()
+    [3, 2]
+    """
+    counts = []
+    for group in groups:
+        num_groups = 1 + max(group)
+        table = [number for number in group for _ in range(slots_per_rank)]
+        group_of_slot = table_on(slot_TK.device, [*table, num_groups])
+        group_TK = group_of_slot.index_select(0, slot_TK.flatten()).view_as(slot_TK)
+        touch_TG = group_TK.new_zeros(len(slot_TK), num_groups + 1, dtype=torch.bool)
+        counts.append(touch_TG.scatter_(1, group_TK, True)[:, :num_groups].sum())
+    return torch.stack([*counts, (slot_TK < slots_per_rank * num_ranks).any(1).sum()])
+
+
+def plan_stage(
+    sum_n: torch.Tensor, lower_n: torch.Tensor, num_lower: int, num_sums: int | None
+) -> Stage:
     """Add up rows of equal ``sum_n``, in order of ``lower_n``, then as given; sums are ascending.
 
     Parameters
@@ -111,10 +154,12 @@ def plan_stage(sum_n: torch.Tensor, lower_n: torch.Tensor, num_lower: int) -> St
         Group of each row one level below, 0 to ``num_lower`` - 1.
     num_lower
         Number of those groups.
+    num_sums
+        Number of different sums; None: counted here, which waits for the device.
 
     Examples
     --------
-    >>> stage = plan_stage(torch.tensor([1, 0, 1]), torch.tensor([1, 0, 0]), 2)
+    >>> stage = plan_stage(torch.tensor([1, 0, 1]), torch.tensor([1, 0, 0]), 2, 2)
     >>> add_stage(torch.tensor([[1.0], [10.0], [100.0]]), stage).flatten().tolist()
     [10.0, 101.0]
     """
@@ -122,9 +167,15 @@ def plan_stage(sum_n: torch.Tensor, lower_n: torch.Tensor, num_lower: int) -> St
     sorted_n = sum_n[order_n]
     starts_n = torch.ones_like(sorted_n, dtype=torch.bool)
     starts_n[1:] = sorted_n[1:] != sorted_n[:-1]
-    offset_m = starts_n.nonzero().flatten()
-    end = offset_m.new_tensor([len(sum_n)])
-    return Stage(torch.cat([offset_m, end]), order_n, order_n[offset_m])
+    if num_sums is None:
+        num_sums = int(starts_n.sum())
+    # nonzero() would wait for the device. Each row that starts a sum tells its place; the others
+    # write behind all sums, where the number of rows comes at last.
+    sum_n = torch.where(starts_n, starts_n.cumsum(0) - 1, num_sums)
+    offset_m1 = sum_n.new_empty(num_sums + 1)
+    offset_m1.scatter_(0, sum_n, torch.arange(len(sum_n), device=sum_n.device))
+    offset_m1[num_sums:].fill_(len(sum_n))
+    return Stage(offset_m1, order_n, order_n[offset_m1[:-1]])
 
 
 def add_up(
@@ -134,7 +185,7 @@ def add_up(
 
     With weights, every row is multiplied by its own and rounded before it is added.
     """
-    if len(plan.stages) > 1 and row_nD.device.type == "cpu":
+    if len(plan.stages) > 1 and row_nD.device.type in PIECES_ON:
         row_nD = _add_up_in_pieces(row_nD, plan.stages, weight_n)
     else:
         for stage in plan.stages:

@@ -9,7 +9,14 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from tamoe.topology.errors import ExchangeError
+from tamoe.topology.errors import ExchangeError, InputError
+
+
+def checked_timeout(timeout_s: float | None) -> float | None:
+    """The timeout, if it is allowed."""
+    if timeout_s is not None and not timeout_s > 0:
+        raise InputError(f"timeout_s is {timeout_s!r}; allowed: > 0 seconds, or None")
+    return timeout_s
 
 
 @dataclass(frozen=True)
