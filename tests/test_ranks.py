@@ -104,8 +104,8 @@ def calls_run_ranks(rank: int) -> None:
 
 
 def talks(rank: int) -> None:
-    print(f"out of {rank}")
-    print(f"err of {rank}", file=sys.stderr)
+    sys.stdout.write(f"out of {rank}\n")  # in one piece; print may write the newline apart
+    sys.stderr.write(f"err of {rank}\n")
 
 
 def random_number(rank: int) -> float:
