@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -20,10 +21,17 @@ from tamoe.solver.workload import Workload
 from tamoe.topology.errors import InputError
 from tamoe.topology.graph import Topology
 
+if TYPE_CHECKING:
+    from tamoe.solver.plan import Plan
+
 SAMPLES = 256  # tokens of each rank; the spread of a node's touches is then below 3 %
 MOST_RANKS = 256  # beyond, sampling every rank takes seconds
 # Without constants the model does not see what messages cost; a gain has to be worth them.
 LEAST_GAIN = 0.1
+_SCHEDULES: dict[str, Literal["single", "rounds"]] = {
+    "flat single": "single",
+    "flat rounds": "rounds",
+}
 
 
 @dataclass(frozen=True)
@@ -33,10 +41,27 @@ class Choice:
     ``seconds`` are those of one dispatch and combine by each exchange, simulated.
     """
 
-    kind: str  # "flat" or "hierarchical"
-    schedule: str | None  # "single" or "rounds"; None: as the transport likes best
+    kind: Literal["flat", "hierarchical"]
+    schedule: (
+        Literal["single", "rounds"] | None
+    )  # "single" or "rounds"; None: as the transport likes best
     reason: str
     seconds: Mapping[str, float]
+
+
+def choose_for(topology_or_plan: Topology | Plan | None) -> Choice:
+    """The choice for a Plan; flat for anything else, and where there is no prediction.
+
+    >>> choose_for(None).reason
+    'flat: without a plan, sizes and routing are unknown'
+    """
+    if topology_or_plan is None or isinstance(topology_or_plan, Topology):
+        return Choice("flat", None, "flat: without a plan, sizes and routing are unknown", {})
+    plan = topology_or_plan
+    try:
+        return choose_exchange(plan.topology, plan.workload, plan.target_PN)
+    except InputError as error:
+        return Choice("flat", None, f"flat: {error}", {})
 
 
 def choose_exchange(
@@ -107,8 +132,8 @@ def choose_exchange(
         best = "flat rounds"
     busiest = max(ways[best], key=lambda way: way.time_s).bottleneck
     return Choice(
-        best.split()[0],
-        best.split()[1] if measured and best != "hierarchical" else None,
+        "hierarchical" if best == "hierarchical" else "flat",
+        _SCHEDULES.get(best) if measured else None,
         f"{best if measured else best.split()[0]}: dispatch and combine take {times} ({label}); "
         f"{busiest}",
         seconds,

@@ -136,9 +136,7 @@ class Exchange:
         if schedule == "rounds" and topology is None:
             raise InputError("schedule is 'rounds' without topology_or_plan, which gives the nodes")
         if kind == "hierarchical" and topology is None:
-            raise InputError(
-                "kind is 'hierarchical' without topology_or_plan, which gives the nodes"
-            )
+            raise InputError("kind is 'hierarchical' without topology_or_plan; it gives the nodes")
         self.placement = resolve_placement(placement, given, self.num_ranks)
         if kind == "none" and self.placement is not None and () in self.placement.experts_PE:
             raise InputError(
@@ -147,13 +145,19 @@ class Exchange:
                 f"allowed: an expert on every rank"
             )
         self.nodes = (tuple(range(self.num_ranks)),) if topology is None else topology.nodes
-        chosen: tuple[Any, Any, str] = (kind, None, "given") if kind != "auto" else _chosen(given)
-        self.kind: Literal["flat", "hierarchical", "none"] = chosen[0]
-        self.reason = chosen[2]
+        best, self.reason = kind, "given"
+        if kind == "auto":
+            from tamoe.solver.choice import choose_for  # loads what other kinds do not need
+
+            choice = choose_for(given)
+            best, self.reason = choice.kind, choice.reason
+            if schedule == "auto" and choice.schedule is not None:
+                schedule = choice.schedule
+        self.kind: Kind = best
         if self.group is None and self.kind == "hierarchical":
             self.kind = "flat"  # one rank
         if schedule == "auto":
-            schedule = chosen[1] or self._best_schedule()
+            schedule = self._best_schedule()
         self.schedule: Schedule = schedule
         if self.kind == "hierarchical":
             self.schedule = "rounds"
@@ -392,17 +396,3 @@ class Exchange:
             raise RefusedValues("the exchange refused values of this rank")
         words = told[len(note_X) :]
         return [words], [words], told[1 : len(note_X)]
-
-
-def _chosen(topology_or_plan: Any) -> tuple[str, str | None, str]:
-    """Kind and schedule by what the cost model says of a plan, and why."""
-    if getattr(topology_or_plan, "target_PN", None) is None:
-        return "flat", None, "flat: without a plan, sizes and routing are unknown"
-    from tamoe.solver.choice import choose_exchange
-
-    plan: Plan = topology_or_plan
-    try:
-        choice = choose_exchange(plan.topology, plan.workload, plan.target_PN)
-    except InputError as error:
-        return "flat", None, f"flat: {error}"
-    return choice.kind, choice.schedule, choice.reason
