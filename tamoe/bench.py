@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from tamoe.exchange import Exchange
 from tamoe.progress import progress_line
-from tamoe.relays import plan_forwarding
+from tamoe.relays import count_copies, plan_forwarding
 from tamoe.solver.relays import make_relays, sum_groups
 from tamoe.solver.traffic import flat_rows, hierarchical_rows
 from tamoe.topology.graph import Topology
@@ -144,7 +144,8 @@ def _bounds(
     num_experts = setting.experts_per_rank * topology.num_ranks
     relays = make_relays(rank, topology.nodes, sum_groups(topology))
     node_N = torch.tensor(topology.node_of).repeat_interleave(setting.experts_per_rank)
-    forward_MM = plan_forwarding(node_N[index_TK].flatten(), setting.tokens, relays)[1]
+    parent_TM = plan_forwarding(node_N[index_TK].flatten(), setting.tokens, relays)
+    forward_MM = count_copies(parent_TM)[0]
     mine = (torch.bincount(index_TK.flatten(), minlength=num_experts).numpy(), forward_MM.numpy())
     everyone: list[Any] = [None] * topology.num_ranks
     dist.all_gather_object(everyone, mine)

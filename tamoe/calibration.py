@@ -23,7 +23,7 @@ import torch.distributed as dist
 from tamoe.cases import Case, Groups, make_case, routing
 from tamoe.exchange import Exchange
 from tamoe.groups import works_by_gloo
-from tamoe.relays import plan_forwarding
+from tamoe.relays import count_copies, plan_forwarding
 from tamoe.solver import exchange_cost
 from tamoe.solver.constants import Constants, with_constants
 from tamoe.solver.exchange_cost import EXCHANGES, WAYS, Rows, predict, rows_of_group
@@ -172,7 +172,8 @@ def _moved(
     each = num_experts // len(members)
     relays = make_relays(members.index(dist.get_rank()), local.nodes, sum_groups(local))
     node_N = torch.tensor(local.node_of).repeat_interleave(each)
-    forward_MM = plan_forwarding(node_N[index_TK].flatten(), len(index_TK), relays)[1]
+    parent_TM = plan_forwarding(node_N[index_TK].flatten(), len(index_TK), relays)
+    forward_MM = count_copies(parent_TM)[0]
     count_N = torch.bincount(index_TK.flatten(), minlength=num_experts)
     everyone: list[Any] = [None] * topology.num_ranks
     dist.all_gather_object(everyone, (members, count_N.numpy(), forward_MM.numpy(), len(index_TK)))

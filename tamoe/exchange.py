@@ -19,9 +19,15 @@ from tamoe.hierarchical import RelayRoute, plan_relays
 from tamoe.ops import build_index
 from tamoe.placement import Placement, contiguous, experts_problem, resolve_placement
 from tamoe.record import note_counts, timed
-from tamoe.relay_route import whole_order
 from tamoe.schedules import Mover, Schedule
-from tamoe.shares import count_keys, counts_of_parts, cut_tokens, make_shares, sort_parts
+from tamoe.shares import (
+    added,
+    count_keys,
+    counts_of_parts,
+    cut_tokens,
+    make_shares,
+    sort_choices,
+)
 from tamoe.solver.exchange_cost import MOST_PARTS, num_parts
 from tamoe.solver.relays import make_relays, sum_groups
 from tamoe.summation import count_sums
@@ -344,15 +350,16 @@ class Exchange:
         relays, header = self._relays, asked.header
         num_local = asked.placement.slots_per_rank
         cut = cut_tokens(asked.key, header.top_k, num_local, asked.num_parts, relays)
-        parts = sort_parts(cut, relays)
-        word_PW = torch.cat([part.word_PW for part in parts], 1)
-        reach = torch.cat([part.reach_L for part in parts])
-        sent_PW, received_PW, reached = self._counts(asked, word_PW, reach)
-        shares = make_shares(cut, parts, reached, sent_PW, received_PW, relays)
-        sent_PE, received_PE = counts_of_parts(shares, relays)
-        weight_n = None if asked.weight_TK is None else asked.weight_of(whole_order(shares, relays))
-        route = plan_relays(self._mover, relays, shares, weight_n, header.dtype)
-        return route, [count for counts_E in sent_PE for count in counts_E], received_PE
+        in_order = sort_choices(cut, relays)
+        told = self._counts(asked, in_order.word_PW, in_order.reach_CL.flatten())
+        sent_PW, received_PW, reached = told
+        shares = make_shares(cut, in_order, reached, sent_PW, received_PW, relays)
+        sent_CPE, received_CPE = counts_of_parts(shares, relays)
+        sent = [count for counts_E in added(sent_CPE) for count in counts_E]
+        weight_n = asked.weight_of(in_order.choice[: sum(sent)])
+        counts = sent_CPE, received_CPE
+        route = plan_relays(self._mover, relays, shares, counts, weight_n, header.dtype)
+        return route, sent, added(received_CPE)
 
     def _num_parts(self, x_TD: torch.Tensor) -> int:
         if self.kind != "hierarchical":

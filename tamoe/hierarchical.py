@@ -21,9 +21,9 @@ from tamoe.ops import copy_rows_
 from tamoe.pipeline import run_in_turns
 from tamoe.precision import dot, weigh
 from tamoe.record import Phase
-from tamoe.relay_route import Hops, first_hop, plan_hops, row_places, source_order
+from tamoe.relay_route import Hops, RowOrder, first_hop, plan_hops, source_order
 from tamoe.schedules import Mover, Waiting
-from tamoe.shares import Share, counts_of_parts
+from tamoe.shares import CountsCPE, Share
 from tamoe.solver.relays import Relays
 from tamoe.summation import add_stage
 from tamoe.telling import Weights, Words, tell_positions
@@ -36,12 +36,18 @@ class Part:
     mover: Mover
     relays: Relays
     share: Share
-    place_R: torch.Tensor  # among the rows of this rank's experts, of each row that arrives
+    number: int
+    order: RowOrder
 
     @cached_property
     def told(self) -> Words:
         """Positions for relays, sent when first asked for: before the rows that they are about."""
         return tell_positions(self.mover, self.share, self.relays)
+
+    @cached_property
+    def place_R(self) -> torch.Tensor:
+        """Of each row that arrives, among the rows of this rank's experts."""
+        return self.order.places(self.number, source_order(self.relays), self.share.key.device)
 
     @cached_property
     def hops(self) -> Hops:
@@ -192,6 +198,7 @@ def plan_relays(
     mover: Mover,
     relays: Relays,
     shares: Sequence[Share],
+    counts: tuple[CountsCPE, CountsCPE],
     weight_n: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> RelayRoute:
@@ -205,21 +212,21 @@ def plan_relays(
         Who relays.
     shares
         The parts that the tokens travel in.
+    counts
+        Rows of each part for the experts of each rank, and from each rank for those of this one.
     weight_n
-        Factor of each kept choice of all parts, sorted by expert, then by token.
+        Factor of each kept choice, sorted by part, by expert, then by token.
     dtype
         Of the rows.
     """
-    own = relays.nodes[relays.node].index(relays.rank)
-    sent_PE, received_PE = counts_of_parts(shares, relays)
-    received_cPE = [[told.choices_pE[own] for told in share.told_P] for share in shares]
-    places = row_places(received_cPE, source_order(relays), shares[0].key.device)
+    sent_CPE, received_CPE = counts
+    order = RowOrder(received_CPE)
     return RelayRoute(
         mover,
         shares[-1].tokens.stop,
-        sum(map(sum, received_PE)),
-        tuple(Part(mover, relays, *pair) for pair in zip(shares, places, strict=True)),
-        None if weight_n is None else Weights(mover, weight_n, dtype, sent_PE, received_PE),
+        sum(sum(map(sum, counts_PE)) for counts_PE in received_CPE),
+        tuple(Part(mover, relays, share, part, order) for part, share in enumerate(shares)),
+        None if weight_n is None else Weights(mover, weight_n, dtype, sent_CPE, order),
     )
 
 

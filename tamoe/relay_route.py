@@ -4,8 +4,8 @@ A rank holds copies of the tokens that it relays: its own T tokens first, then w
 highest switches first. Every hop is a list of copies to send on and of how many rows go where; the
 last one stays inside the node and brings a row to each expert.
 
-Shape suffixes: T tokens, M nodes, P ranks, L levels, E experts of a rank, n choices that were not
-dropped, m copies.
+Shape suffixes: T tokens, M nodes, P ranks, L levels, E experts of a rank, C parts, n choices that
+were not dropped, m copies.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import torch
 
 from tamoe.flat import repeated
 from tamoe.host_table import table_on
-from tamoe.shares import Share, Told, counts_for_ranks
+from tamoe.shares import CountsCPE, Share, Told, counts_for_ranks
 from tamoe.solver.relays import Relays
 from tamoe.summation import Stage, plan_stage
 
@@ -265,49 +266,46 @@ def source_order(relays: Relays) -> list[int]:
     ]
 
 
-def row_places(
-    received_cPE: Sequence[Sequence[Sequence[int]]], sources: Sequence[int], device: torch.device
-) -> list[torch.Tensor]:
-    """Place of every arriving row of each part: by expert, then by source, then by part.
-
-    Rows of a part arrive by source, in the order of ``sources``, then by expert.
+@dataclass(frozen=True, eq=False)
+class RowOrder:
+    """Where rows of this rank's experts belong: by expert, then by source, then by part.
 
     Examples
     --------
-    >>> received_cPE = [[[1, 2]], [[1, 0]]]  # two parts, one source, two experts
-    >>> [place.tolist() for place in row_places(received_cPE, [0], torch.device("cpu"))]
-    [[0, 2, 3], [1]]
+    >>> order = RowOrder([[[1, 2]], [[1, 0]]])  # two parts, one source, two experts
+    >>> cpu = torch.device("cpu")
+    >>> [order.places(part, [0], cpu).tolist() for part in (0, 1)], order.by_source(cpu).tolist()
+    ([[0, 2, 3], [1]], [0, 2, 3, 1])
     """
-    num_ranks, num_local = len(received_cPE[0]), len(received_cPE[0][0])
-    start_cPE = [[[0] * num_local for _ in range(num_ranks)] for _ in received_cPE]
-    place = 0
-    for expert in range(num_local):
-        for source in range(num_ranks):
-            for part, counts_PE in enumerate(received_cPE):
-                start_cPE[part][source][expert] = place
-                place += counts_PE[source][expert]
-    places = []
-    for counts_PE, start_PE in zip(received_cPE, start_cPE, strict=True):
-        counts = [counts_PE[source][expert] for source in sources for expert in range(num_local)]
-        starts = [start_PE[source][expert] for source in sources for expert in range(num_local)]
+
+    received_CPE: CountsCPE
+
+    @cached_property
+    def _start_CPE(self) -> list[list[list[int]]]:
+        received_CPE, place = self.received_CPE, 0
+        start_CPE = [[list(counts_E) for counts_E in counts_PE] for counts_PE in received_CPE]
+        for expert in range(len(received_CPE[0][0])):
+            for source in range(len(received_CPE[0])):
+                for start_PE, counts_PE in zip(start_CPE, received_CPE, strict=True):
+                    start_PE[source][expert] = place
+                    place += counts_PE[source][expert]
+        return start_CPE
+
+    def places(self, part: int, sources: Sequence[int], device: torch.device) -> torch.Tensor:
+        """Of the rows of a part, which arrive by source, as listed, then by expert."""
+        return self._places([(part, source) for source in sources], device)
+
+    def by_source(self, device: torch.device) -> torch.Tensor:
+        """Of all rows, by source, then by part, then by expert."""
+        parts, sources = range(len(self.received_CPE)), range(len(self.received_CPE[0]))
+        return self._places([(part, source) for source in sources for part in parts], device)
+
+    def _places(self, blocks: Sequence[tuple[int, int]], device: torch.device) -> torch.Tensor:
+        counts = [count for c, source in blocks for count in self.received_CPE[c][source]]
+        starts = [start for c, source in blocks for start in self._start_CPE[c][source]]
         begins = [0, *accumulate(counts)]
         shift = table_on(device, [a - b for a, b in zip(starts, begins, strict=False)])
-        row_R = torch.arange(sum(counts), device=device)
-        places.append(row_R + shift[repeated(counts, device)])
-    return places
-
-
-def whole_order(shares: Sequence[Share], relays: Relays) -> torch.Tensor:
-    """Kept choices of all parts, sorted by expert, then by token: the parts' orders, merged."""
-    if len(shares) == 1:
-        return shares[0].choice_n
-    counts_cPE = [counts_for_ranks(share.own_P, relays) for share in shares]
-    counts_cN = [[[*itertools.chain(*counts_PE)]] for counts_PE in counts_cPE]  # of one source
-    places = row_places(counts_cN, [0], shares[0].choice.device)
-    order_n = shares[0].choice.new_empty(sum(map(len, places)))
-    for share, place in zip(shares, places, strict=True):
-        order_n[place] = share.choice_n + share.tokens.start * share.top_k
-    return order_n
+        return torch.arange(sum(counts), device=device) + shift[repeated(counts, device)]
 
 
 def _splits(relays: Relays, rows: dict[int, int]) -> tuple[int, ...]:

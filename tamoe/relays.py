@@ -1,6 +1,6 @@
 """Forwarding trees: from which node a token's copy comes to each node that hosts its experts.
 
-Shape suffixes: T tokens, M nodes, P ranks, n choices that were not dropped.
+Shape suffixes: T tokens, M nodes, P ranks, C parts, n choices that were not dropped.
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ class Copies:
     entry_m: torch.Tensor  # token of each copy, by target node, source node, token
 
 
-def plan_forwarding(
-    key_n: torch.Tensor, num_tokens: int, relays: Relays
-) -> tuple[torch.Tensor, torch.Tensor]:
+def plan_forwarding(key_n: torch.Tensor, num_tokens: int, relays: Relays) -> torch.Tensor:
     """Forwarding trees of this rank's tokens, without waiting for the device.
 
     Parameters
@@ -44,19 +42,15 @@ def plan_forwarding(
 
     Returns
     -------
-    parent_TM, forward_MM
-        Node that a token's copy on each node comes from, -1 where there is none; number of tokens
-        copied from node to node.
+    torch.Tensor
+        ``parent_TM``, node that a token's copy on each node comes from, -1 where there is none.
 
     Examples
     --------
     >>> from tamoe.solver.relays import make_relays
     >>> relays = make_relays(0, ((0,), (1,), (2,)), ((0, 1, 2), (0, 1, 1)))
-    >>> parent_TM, forward_MM = plan_forwarding(torch.tensor([1, 2, 2, 3]), 2, relays)
-    >>> parent_TM.tolist()  # token 0 goes to node 1 and from there on to node 2
+    >>> plan_forwarding(torch.tensor([1, 2, 2, 3]), 2, relays).tolist()  # 0 to 1, 1 to 2
     [[-1, 0, 1], [-1, -1, 0]]
-    >>> forward_MM.tolist()
-    [[0, 1, 1], [0, 0, 1], [0, 0, 0]]
     """
     num_nodes, device = len(relays.nodes), key_n.device
     touch_TM = torch.zeros(num_tokens, num_nodes + 1, dtype=torch.bool, device=device)
@@ -66,10 +60,28 @@ def plan_forwarding(
     parent_TM = torch.full(touch_TM.shape, -1, dtype=torch.int64, device=device)
     home_T = torch.full((num_tokens,), relays.node, device=device)
     _spread(touch_TM, parent_TM, list(range(num_nodes)), home_T, relays.group_LM)
-    pairs = torch.zeros(num_nodes * num_nodes + 1, dtype=torch.int64, device=device)
-    pair_m = _pairs(parent_TM).flatten()
-    pairs.scatter_add_(0, pair_m, torch.ones_like(pair_m))
-    return parent_TM, pairs[:-1].view(num_nodes, num_nodes).T
+    return parent_TM
+
+
+def count_copies(
+    parent_TM: torch.Tensor, part_T: torch.Tensor | None = None, num_parts: int = 1
+) -> torch.Tensor:
+    """Tokens of each part that are copied from node to node, ``[C, M, M]``.
+
+    Examples
+    --------
+    >>> parent_TM = torch.tensor([[-1, 0, 1], [-1, -1, 0]])
+    >>> count_copies(parent_TM).tolist()
+    [[[0, 1, 1], [0, 0, 1], [0, 0, 0]]]
+    """
+    num_nodes = parent_TM.shape[1]
+    num_pairs = num_nodes * num_nodes + 1
+    pair_MT = _pairs(parent_TM)
+    if part_T is not None:
+        pair_MT = pair_MT + num_pairs * part_T
+    count = torch.zeros(num_parts * num_pairs, dtype=torch.int64, device=parent_TM.device)
+    count.scatter_add_(0, pair_MT.flatten(), torch.ones_like(pair_MT).flatten())
+    return count.view(num_parts, num_pairs)[:, :-1].unflatten(1, (num_nodes, num_nodes)).mT
 
 
 def list_copies(parent_TM: torch.Tensor, forward_MM: Sequence[Sequence[int]]) -> Copies:

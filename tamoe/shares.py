@@ -2,8 +2,8 @@
 
 One message of counts serves all parts, since the host waits for it.
 
-Shape suffixes: T tokens, K choices, N experts, M nodes, P ranks, E experts of a rank, W counts for
-a rank, n choices that were not dropped.
+Shape suffixes: T tokens, K choices, N experts, M nodes, P ranks, E experts of a rank, C parts, W
+counts for a rank, n choices that were not dropped.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from functools import cached_property
 
 import torch
 
+from tamoe.flat import repeated
 from tamoe.host_table import table_on
 from tamoe.ops import build_index
-from tamoe.relays import Copies, list_copies, plan_forwarding
+from tamoe.relays import Copies, count_copies, list_copies, plan_forwarding
 from tamoe.solver.relays import Relays
+
+CountsCPE = Sequence[Sequence[Sequence[int]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +39,7 @@ class Share:
 
     tokens: slice
     key: torch.Tensor  # expert of each choice, N where it was dropped
-    choice: torch.Tensor  # flat choices of these tokens, the kept ones first: by expert, by token
+    choice_n: torch.Tensor  # kept flat choices of these tokens, sorted by expert, then by token
     reach_L: Sequence[int]  # tokens with an expert at most 0, 1, 2 … levels of switches away
     top_k: int
     node_N: torch.Tensor  # node of each expert; M at N
@@ -50,11 +53,6 @@ class Share:
         """Where the tokens are copied to."""
         forward_MM = [self.own_P[ranks[0]].forward_M for ranks in self.relays.nodes]
         return list_copies(self.parent_TM, forward_MM)
-
-    @cached_property
-    def choice_n(self) -> torch.Tensor:
-        """Kept choices, sorted by expert."""
-        return self.choice[: sum(map(sum, counts_for_ranks(self.own_P, self.relays)))]
 
     @cached_property
     def position_n(self) -> torch.Tensor:
@@ -72,7 +70,7 @@ class Cut:
     """
 
     tokens: tuple[slice, ...]
-    keys: tuple[torch.Tensor, ...]  # expert of each choice of a part, N where it was dropped
+    key: torch.Tensor  # expert of each choice, N where it was dropped
     top_k: int
     num_local: int  # experts E of a rank
     node_N: torch.Tensor  # node of each expert; M at N
@@ -96,7 +94,7 @@ def cut_tokens(
     nodes = [node for node in relays.node_of for _ in range(num_local)]
     return Cut(
         tuple(slice(a, b) for a, b in itertools.pairwise(bounds)),
-        key.tensor_split([top_k * bound for bound in bounds[1:-1]]),
+        key,
         top_k,
         num_local,
         table_on(key.device, [*nodes, len(relays.nodes)]),
@@ -105,46 +103,61 @@ def cut_tokens(
 
 @dataclass(frozen=True, eq=False)
 class Sorted:
-    """What a rank finds out about a part of its tokens before the host waits for the counts."""
+    """What a rank finds out about its tokens before the host waits for the counts."""
 
-    word_PW: torch.Tensor  # counts to tell each rank
-    choice: torch.Tensor  # flat choices of the part, the kept ones first: by expert, by token
+    word_PW: torch.Tensor  # counts to tell each rank, part by part
+    choice: torch.Tensor  # flat choices, the kept ones first: by part, by expert, by token
     parent_TM: torch.Tensor  # forwarding trees
-    reach_L: torch.Tensor  # tokens with an expert at most 0, 1, 2 … levels of switches away
+    reach_CL: torch.Tensor  # tokens with an expert at most 0, 1, 2 … levels of switches away
 
 
-def sort_parts(cut: Cut, relays: Relays) -> list[Sorted]:
-    """Sort the choices of each part and count; the device is not waited for."""
-    parts = []
-    for tokens, key in zip(cut.tokens, cut.keys, strict=True):
-        node_key = cut.node_N[key]
-        parent_TM, forward_MM = plan_forwarding(node_key, tokens.stop - tokens.start, relays)
-        built = build_index(key.view(-1, cut.top_k), cut.num_local * len(relays.node_of))
-        words = count_words(forward_MM, built.count_N, relays)
-        reach_L = count_reach(node_key.view(-1, cut.top_k), relays)
-        parts.append(Sorted(words, built.choice, parent_TM, reach_L))
-    return parts
+def sort_choices(cut: Cut, relays: Relays) -> Sorted:
+    """Sort the choices by part and count, all parts at once; the device is not waited for."""
+    num_parts, num_experts = len(cut.tokens), cut.num_local * len(relays.node_of)
+    part_T = repeated([part.stop - part.start for part in cut.tokens], cut.key.device)
+    key_TK, node_TK = (key.view(-1, cut.top_k) for key in (cut.key, cut.node_N[cut.key]))
+    parent_TM = plan_forwarding(node_TK.flatten(), len(part_T), relays)
+    end = num_parts * num_experts
+    apart_TK = torch.where(key_TK < num_experts, key_TK + num_experts * part_T[:, None], end)
+    built = build_index(apart_TK, end)
+    return Sorted(
+        word_PW=count_words(
+            count_copies(parent_TM, part_T, num_parts),
+            built.count_N.view(num_parts, num_experts),
+            relays,
+        ),
+        choice=built.choice,
+        parent_TM=parent_TM,
+        reach_CL=count_reach(node_TK, part_T, num_parts, relays),
+    )
 
 
-def count_reach(node_TK: torch.Tensor, relays: Relays) -> torch.Tensor:
-    """Tokens with a choice at most 0, 1, … L levels of switches away, ``[L + 1]``.
+def count_reach(
+    node_TK: torch.Tensor, part_T: torch.Tensor, num_parts: int, relays: Relays
+) -> torch.Tensor:
+    """Tokens with a choice at most 0, 1, … L levels of switches away, ``[C, L + 1]``.
 
     Examples
     --------
     >>> from tamoe.solver.relays import make_relays
     >>> relays = make_relays(0, ((0,), (1,)), ((0, 1),))
-    >>> count_reach(torch.tensor([[0, 1], [1, 2], [2, 2]]), relays).tolist()  # node 2: dropped
-    [1, 2]
+    >>> node_TK = torch.tensor([[0, 1], [1, 2], [2, 2]])  # node 2: dropped
+    >>> count_reach(node_TK, torch.tensor([0, 0, 1]), 2, relays).tolist()
+    [[1, 2], [0, 0]]
     """
     levels = [relays.level(relays.node, node) for node in range(len(relays.nodes))]
     level_M1 = table_on(node_TK.device, [*levels, relays.num_levels + 1])
-    level_TK = level_M1.index_select(0, node_TK.flatten()).view_as(node_TK)
-    return torch.stack([(level_TK <= level).any(1).sum() for level in range(relays.num_levels + 1)])
+    nearest_T1 = level_M1[node_TK].amin(1, keepdim=True)
+    reached_TL = nearest_T1 <= torch.arange(relays.num_levels + 1, device=node_TK.device)
+    reach_CL = torch.zeros(
+        num_parts, relays.num_levels + 1, dtype=torch.int64, device=part_T.device
+    )
+    return reach_CL.index_add_(0, part_T, reached_TL.to(torch.int64))
 
 
 def make_shares(
     cut: Cut,
-    parts: Sequence[Sorted],
+    sorted_choices: Sorted,
     reached: Sequence[int],
     sent_PW: Sequence[Sequence[int]],
     received_PW: Sequence[Sequence[int]],
@@ -152,62 +165,68 @@ def make_shares(
 ) -> list[Share]:
     """The parts, once the counts of all ranks are known; ``reached`` are those of all parts."""
     size, levels = (len(words) // len(cut.tokens) for words in (sent_PW[0], reached))
-    shares = []
-    for part, (tokens, key) in enumerate(zip(cut.tokens, cut.keys, strict=True)):
+    shares, begin = [], 0
+    for part, tokens in enumerate(cut.tokens):
         words = slice(part * size, (part + 1) * size)
         own_P = [
             _read(row[words], node, relays, cut.num_local)
             for row, node in zip(sent_PW, relays.node_of, strict=True)
         ]
         told_P = [_read(row[words], relays.node, relays, cut.num_local) for row in received_PW]
+        end = begin + sum(map(sum, counts_for_ranks(own_P, relays)))
+        first_choice = tokens.start * cut.top_k
         shares.append(
             Share(
                 tokens=tokens,
-                key=key,
-                choice=parts[part].choice,
+                key=cut.key[first_choice : tokens.stop * cut.top_k],
+                choice_n=sorted_choices.choice[begin:end] - first_choice,
                 reach_L=reached[part * levels : (part + 1) * levels],
                 top_k=cut.top_k,
                 node_N=cut.node_N,
-                parent_TM=parts[part].parent_TM,
+                parent_TM=sorted_choices.parent_TM[tokens],
                 own_P=own_P,
                 told_P=told_P,
                 relays=relays,
             )
         )
+        begin = end
     return shares
 
 
-def counts_of_parts(
-    shares: Sequence[Share], relays: Relays
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Rows of all parts for the experts of each rank, and from each rank for those of this one."""
+def counts_of_parts(shares: Sequence[Share], relays: Relays) -> tuple[CountsCPE, CountsCPE]:
+    """Rows of each part for the experts of each rank, and from each rank for those of this one."""
     own = relays.nodes[relays.node].index(relays.rank)
     return (
-        _added([counts_for_ranks(share.own_P, relays) for share in shares]),
-        _added([[told.choices_pE[own] for told in share.told_P] for share in shares]),
+        [counts_for_ranks(share.own_P, relays) for share in shares],
+        [[told.choices_pE[own] for told in share.told_P] for share in shares],
     )
 
 
-def _added(counts_cPE: Sequence[Sequence[Sequence[int]]]) -> list[list[int]]:
+def added(counts_CPE: CountsCPE) -> list[list[int]]:
+    """Rows of all parts together.
+
+    >>> added([[[1, 2]], [[0, 1]]])
+    [[1, 3]]
+    """
     return [
         [sum(column) for column in zip(*rows, strict=True)]
-        for rows in zip(*counts_cPE, strict=True)
+        for rows in zip(*counts_CPE, strict=True)
     ]
 
 
-def count_words(forward_MM: torch.Tensor, count_N: torch.Tensor, relays: Relays) -> torch.Tensor:
-    """Counts for each rank, ``[P, 2M + E · ranks of the largest node]``: a :class:`Told` each."""
-    num_ranks = len(relays.node_of)
-    node_P = table_on(count_N.device, relays.node_of)
-    count_PE = count_N.view(num_ranks, -1)
-    padded = torch.cat([count_PE, torch.zeros_like(count_PE[:1])])
+def count_words(forward_CMM: torch.Tensor, count_CN: torch.Tensor, relays: Relays) -> torch.Tensor:
+    """Counts for each rank, ``[P, C · (2M + E · ranks of the largest node)]``: :class:`Told`s."""
+    num_ranks, num_parts, device = len(relays.node_of), len(count_CN), count_CN.device
+    node_P = table_on(device, relays.node_of)
+    count_CPE = count_CN.view(num_parts, num_ranks, -1)
+    padded_CPE = torch.cat([count_CPE, torch.zeros_like(count_CPE[:, :1])], 1)
     widest = max(map(len, relays.nodes))
     ranks_Mp = table_on(
-        count_N.device,
-        [[*ranks, *[num_ranks] * (widest - len(ranks))] for ranks in relays.nodes],
+        device, [[*ranks, *[num_ranks] * (widest - len(ranks))] for ranks in relays.nodes]
     )
-    choices_M = padded[ranks_Mp].flatten(1)
-    return torch.cat([forward_MM[node_P], forward_MM.T[node_P], choices_M[node_P]], dim=1)
+    choices_CPW = padded_CPE[:, ranks_Mp[node_P]].flatten(2)
+    word_CPW = torch.cat([forward_CMM[:, node_P], forward_CMM.mT[:, node_P], choices_CPW], 2)
+    return word_CPW.transpose(0, 1).flatten(1)
 
 
 def _read(words: Sequence[int], node: int, relays: Relays, num_local: int) -> Told:

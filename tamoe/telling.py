@@ -3,8 +3,8 @@
 Neither is needed before the first rows have arrived, so the messages travel together with rows and
 nobody waits for them alone.
 
-Shape suffixes: P ranks, E experts of a rank, n choices that were not dropped, R rows received, W
-words.
+Shape suffixes: P ranks, E experts of a rank, C parts, n choices that were not dropped, R rows
+received, W words.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from functools import cached_property
 
 import torch
 
-from tamoe.flat import arrangement
 from tamoe.precision import accumulation_dtype
-from tamoe.relay_route import num_positions, positions_to_tell
+from tamoe.relay_route import RowOrder, num_positions, positions_to_tell
 from tamoe.schedules import Mover, Waiting
-from tamoe.shares import Share
+from tamoe.shares import CountsCPE, Share, added
 from tamoe.solver.relays import Relays
 
 
@@ -61,18 +60,20 @@ class Weights:
     mover
         Moves them.
     weight_n
-        Where the tokens are, sorted by expert, with its graph.
+        Where the tokens are, sorted by part, by expert, then by token, with its graph.
     dtype
         Of the rows.
-    sent_PE, received_PE
-        Rows for the experts of each rank, and from each rank for those of this one.
+    sent_CPE
+        Rows of each part for the experts of each rank.
+    order
+        Where the rows that come belong.
     """
 
     mover: Mover
     weight_n: torch.Tensor
     dtype: torch.dtype
-    sent_PE: Sequence[Sequence[int]]
-    received_PE: Sequence[Sequence[int]]
+    sent_CPE: CountsCPE
+    order: RowOrder
 
     def start(self) -> None:
         """Send them, once."""
@@ -81,26 +82,39 @@ class Weights:
     @cached_property
     def weight_R(self) -> torch.Tensor:
         """Where the experts are, in the order of their rows."""
-        weight_R = torch.cat(list(self._words.heard_P())).view(accumulation_dtype(self.dtype))
-        return weight_R if self._arrangement_R is None else weight_R[self._arrangement_R]
+        heard_R = torch.cat(list(self._words.heard_P())).view(accumulation_dtype(self.dtype))
+        return torch.empty_like(heard_R).index_copy_(0, self._place_R, heard_R)
 
     def send_back(self, grad_R: torch.Tensor) -> torch.Tensor:
         """Gradients of the weights, where the tokens are."""
-        if self._arrangement_R is not None:
-            grad_R = torch.empty_like(grad_R).index_copy_(0, self._arrangement_R, grad_R)
-        sent, received = ([*map(sum, counts)] for counts in (self.sent_PE, self.received_PE))
+        sizes_PC = [*zip(*self._sizes_CP, strict=True)]
+        sent, received = [*map(sum, sizes_PC)], self._received_P
         at_once = replace(self.mover, schedule="single")
-        grad_n1 = at_once.move(grad_R.unsqueeze(1), received, sent, "dispatch_backward")
-        return grad_n1.squeeze(1).to(self.weight_n.dtype)
+        grad_R1 = grad_R[self._place_R].unsqueeze(1)
+        grad_n = at_once.move(grad_R1, received, sent, "dispatch_backward").squeeze(1)
+        pieces = grad_n.split([size for sizes_C in sizes_PC for size in sizes_C])
+        num_parts = len(self._sizes_CP)
+        by_part = [piece for part in range(num_parts) for piece in pieces[part::num_parts]]
+        return torch.cat(by_part).to(self.weight_n.dtype)
 
     @cached_property
-    def _arrangement_R(self) -> torch.Tensor | None:
-        return arrangement(list(enumerate(self.received_PE)), self.weight_n.device)
+    def _place_R(self) -> torch.Tensor:
+        return self.order.by_source(self.weight_n.device)
+
+    @property
+    def _sizes_CP(self) -> list[list[int]]:
+        return [[*map(sum, counts_PE)] for counts_PE in self.sent_CPE]
+
+    @property
+    def _received_P(self) -> list[int]:
+        return [*map(sum, added(self.order.received_CPE))]
 
     @cached_property
     def _words(self) -> Words:
         wide = accumulation_dtype(self.dtype)
         words = wide.itemsize // 4
         word_W = self.weight_n.detach().to(wide).contiguous().view(torch.int32)
-        word_P = word_W.split([words * sum(counts_E) for counts_E in self.sent_PE])
-        return tell(self.mover, word_P, [words * sum(counts_E) for counts_E in self.received_PE])
+        pieces = word_W.split([words * size for sizes_P in self._sizes_CP for size in sizes_P])
+        num_ranks = len(self.sent_CPE[0])
+        word_P = [torch.cat(pieces[rank::num_ranks]) for rank in range(num_ranks)]
+        return tell(self.mover, word_P, [words * size for size in self._received_P])

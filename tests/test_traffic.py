@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from tamoe.exchange import Exchange
-from tamoe.relays import plan_forwarding
+from tamoe.relays import count_copies, plan_forwarding
 from tamoe.solver import Workload
 from tamoe.solver.choice import choose_exchange, forwarding, sample_routing
 from tamoe.solver.relays import make_relays, sum_groups
@@ -79,7 +79,7 @@ def model(shape: str, tokens: int) -> dict[str, np.ndarray]:
         counts_PN[rank] = torch.bincount(index_TK.flatten(), minlength=EXPERTS[shape]).numpy()
         relays = make_relays(rank, topology.nodes, sum_groups(topology))
         key_n = node_of_N[index_TK].flatten()
-        forward_PMM[rank] = plan_forwarding(key_n, tokens, relays)[1].numpy()
+        forward_PMM[rank] = count_copies(plan_forwarding(key_n, tokens, relays))[0].numpy()
     node_of = np.array(topology.node_of)
     crosses_PP = node_of[:, None] != node_of
     flat_PP = flat_rows(counts_PN, rank_of_N)
@@ -107,7 +107,7 @@ def test_both_ways_to_plan_forwarding_agree(shape: str) -> None:
         key_TK = torch.randint(0, num_nodes, (50, 3), generator=generator)
         touch_TM = np.zeros((50, num_nodes), dtype=bool)
         touch_TM[np.arange(50)[:, None], key_TK.numpy()] = True
-        copied_MM = plan_forwarding(key_TK.flatten(), 50, relays)[1].numpy()
+        copied_MM = count_copies(plan_forwarding(key_TK.flatten(), 50, relays))[0].numpy()
         assert (forwarding(touch_TM, relays) == copied_MM).all()
 
 
