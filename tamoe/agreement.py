@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from tamoe.host_table import table_on
-from tamoe.schedules import Nodes
+from tamoe.schedules import Mover, Nodes
 from tamoe.topology.errors import InputError
-from tamoe.waiting import Patience
+from tamoe.word_swap import word_swap
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Headers travel in a message of fixed size: ranks that disagree on the number of experts must
@@ -62,8 +61,7 @@ def exchange_counts(
     header: Header,
     count_PW: torch.Tensor,
     note_X: torch.Tensor,
-    group: dist.ProcessGroup,
-    patience: Patience,
+    mover: Mover,
 ) -> tuple[list[list[int]], list[list[int]], list[int], list[int]]:
     """Tell every rank the counts that it has to know; learn from all what this rank has to know.
 
@@ -78,10 +76,8 @@ def exchange_counts(
     note_X
         ``[X]`` int64, X >= 1, what this rank's own host has to know: first, nonzero where values on
         the device are not allowed. Kept on the device so that one read brings everything.
-    group
-        The ranks.
-    patience
-        How long to wait for them.
+    mover
+        Of the group, with its nodes.
 
     Returns
     -------
@@ -93,35 +89,28 @@ def exchange_counts(
     InputError
         On all ranks: some rank refused its input, or a field of the header is not equal.
     """
+    assert mover.group is not None
     num_ranks, num_counts = count_PW.shape
     inline = min(num_counts, INLINE_COUNTS)
     message = torch.zeros(num_ranks, MESSAGE_WORDS, dtype=torch.int32, device=count_PW.device)
     message[:, :HEADER_WORDS] = table_on(count_PW.device, header.words())
     message[:, 0] += note_X[0].to(torch.int32)
     message[:, HEADER_WORDS : HEADER_WORDS + inline] = count_PW[:, :inline]
-    answer = _swapped(message, group, patience)
+    swap = word_swap(mover.group, mover.rank)
+    answer = swap.swap(message, mover.patience)
     told = torch.cat([answer.flatten(), count_PW.flatten(), note_X]).tolist()
     num_words = num_ranks * MESSAGE_WORDS
     words, note = _rows(told[:num_words], MESSAGE_WORDS), told[len(told) - len(note_X) :]
     _require_equal([row[:HEADER_WORDS] for row in words], header.problem, bool(note[0]))
+    swap.agree(mover.nodes, mover.patience)  # headers tell that all ranks have these nodes
     received_PW = [row[HEADER_WORDS : HEADER_WORDS + inline] for row in words]
     if num_counts > inline:
         rest = count_PW[:, inline:].to(torch.int32)  # rows of one rank, so that they fit
-        tails = _swapped(rest, group, patience).tolist()
+        tails = swap.swap(rest, mover.patience).tolist()
         received_PW = [row + tail for row, tail in zip(received_PW, tails, strict=True)]
     tokens_P = [row[HEADER_WORDS - 1] for row in words]
     sent_PW = _rows(told[num_words : len(told) - len(note_X)], num_counts)
     return sent_PW, received_PW, tokens_P, note
-
-
-def _swapped(message: torch.Tensor, group: dist.ProcessGroup, patience: Patience) -> torch.Tensor:
-    answer = torch.empty_like(message)
-    where, rank = "counts, all ranks at once", dist.get_rank(group)
-    others = tuple(peer for peer in range(len(message)) if peer != rank)
-    with patience.trying(others, where):
-        work = dist.all_to_all_single(answer, message, group=group, async_op=True)
-    patience.wait([(work, others)], where)
-    return answer
 
 
 def _rows(values: list[int], size: int) -> list[list[int]]:

@@ -325,9 +325,7 @@ class Exchange:
         """Raise the header's problem, after telling the other ranks of the group."""
         if self._mover.group is not None:
             nothing_PW = torch.zeros(self.num_ranks, 1, dtype=torch.int64, device=device)
-            exchange_counts(
-                header, nothing_PW, nothing_PW[0], self._mover.group, self._mover.patience
-            )
+            exchange_counts(header, nothing_PW, nothing_PW[0], self._mover)
         raise InputError(header.problem)
 
     def _flat(self, asked: Asked) -> _Planned:
@@ -394,7 +392,7 @@ class Exchange:
         if self._mover.group is not None:
             with timed("counts", word_PW.device):
                 sent_PW, received_PW, tokens_P, note = exchange_counts(
-                    asked.header, word_PW, note_X, self._mover.group, self._mover.patience
+                    asked.header, word_PW, note_X, self._mover
                 )
             self._most_tokens = max(tokens_P)
             return sent_PW, received_PW, note[1:]

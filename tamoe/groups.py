@@ -91,6 +91,19 @@ def group_size(group: Group = None) -> int:
     return 1 if resolved is None else dist.get_world_size(resolved)
 
 
+def group_timeout_s(group: ProcessGroup) -> float:
+    """Seconds that a group's transfers on the CPU may take; torch's default where it does not say.
+
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> group_timeout_s(dist.group.WORLD)
+    1800.0
+    >>> dist.destroy_process_group()
+    """
+    backend = group._get_backend(torch.device("cpu"))
+    timeout = getattr(getattr(backend, "options", None), "_timeout", None)
+    return float((timeout or dist.constants.default_pg_timeout).total_seconds())
+
+
 def works_by_gloo(group: ProcessGroup) -> bool:
     """Whether the group moves CPU tensors with gloo, whatever else it does for other devices."""
     try:

@@ -38,10 +38,11 @@ class Part:
     share: Share
     number: int
     order: RowOrder
+    at_once: bool  # rows set out before positions: nothing hides those, and other parts follow
 
     @cached_property
     def told(self) -> Words:
-        """Positions for relays, sent when first asked for: before the rows that they are about."""
+        """Positions for relays, sent when first asked for."""
         return tell_positions(self.mover, self.share, self.relays)
 
     @cached_property
@@ -58,7 +59,8 @@ class Part:
         self, x_TD: torch.Tensor, row_RD: torch.Tensor, phase: Phase
     ) -> Iterator[Waiting | None]:
         """From tokens to rows in the order of this rank's experts."""
-        _ = self.told
+        if not self.at_once:
+            _ = self.told
         copy_mD = x_TD[self.share.tokens]
         for number in range(self.relays.num_levels):
             hop = self.hops.between[number] if number else first_hop(self.share, self.relays)
@@ -74,7 +76,10 @@ class Part:
             )
             for turn in range(1, len(self.mover.nodes)):
                 yield None
-                yield self._planned(transfer.start(turn))
+                arrived = transfer.start(turn)
+                _ = self.told
+                yield arrived if self.at_once else self._planned(arrived)
+                del arrived
             del transfer  # and the rows that it sent
             held_mD[:num_held] = copy_mD
             copy_mD = held_mD
@@ -225,7 +230,10 @@ def plan_relays(
         mover,
         shares[-1].tokens.stop,
         sum(sum(map(sum, counts_PE)) for counts_PE in received_CPE),
-        tuple(Part(mover, relays, share, part, order) for part, share in enumerate(shares)),
+        tuple(
+            Part(mover, relays, share, part, order, at_once=part == 0 and len(shares) > 1)
+            for part, share in enumerate(shares)
+        ),
         None if weight_n is None else Weights(mover, weight_n, dtype, sent_CPE, order),
     )
 

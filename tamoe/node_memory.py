@@ -1,8 +1,8 @@
 """Memory that the ranks of one host share, so that rows inside a node need no socket.
 
 Every rank has an outbox that the other ranks of its node map. It writes rows there and tells each
-peer where they lie, by a small message through the process group, which also orders the memory; the
-peers read in place. Two halves are written in turn: once a peer has sent its next message, it is
+peer where they lie, by a small message through a socket, which also orders the memory; the peers
+read in place. Two halves are written in turn: once a peer has sent its next message, it is
 done with the half before.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import struct
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -18,6 +19,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 import torch.distributed as dist
 
+from tamoe.node_channel import NodeChannel, node_channel
 from tamoe.waiting import Patience
 
 _FOLDER = "/dev/shm"
@@ -29,9 +31,11 @@ _BY_SOCKET = -1
 class NodeMemory:
     """The outboxes of this rank and of the other ranks of its node; see :meth:`connect`."""
 
-    def __init__(self, group: dist.ProcessGroup, rank: int, near: Sequence[int]) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, rank: int, near: Sequence[int], channel: NodeChannel
+    ) -> None:
         self._group_of, self._rank = ref(group), rank  # no cycle: the group keeps this alive
-        self._peers = [peer for peer in near if peer != rank]
+        self._peers, self._channel = [peer for peer in near if peer != rank], channel
         self._file = -1
         self._own = torch.empty(0, dtype=torch.uint8)
         self._begin = 0  # of the half that is written now
@@ -54,7 +58,7 @@ class NodeMemory:
         Parameters
         ----------
         group
-            ProcessGroup that carries the messages.
+            ProcessGroup that carries rows where an outbox cannot grow.
         rank
             This rank in the group.
         near
@@ -63,21 +67,23 @@ class NodeMemory:
             How long to wait for them.
         """
         where = "shared memory of the node"
-        memory = cls(group, rank, near)
+        channel = node_channel(group, rank, near, patience)
+        if channel is None:
+            return None
+        memory = cls(group, rank, near, channel)
         path = memory._made()
         try:
-            name = torch.zeros(_PATH_BYTES, dtype=torch.uint8)
-            name[: len(path)] = torch.tensor(list(path.encode()), dtype=torch.uint8)
+            name = path.encode().ljust(_PATH_BYTES, b"\0")
             names = memory._told(dict.fromkeys(memory._peers, name), patience, where)
             works = bool(path)
             for peer in memory._peers:
                 works = memory._opened(peer, names[peer]) and works
-            answer = torch.tensor([int(works)])
+            answer = bytes([works])
             said = memory._told(dict.fromkeys(memory._peers, answer), patience, where)
         finally:
             if path:
                 os.unlink(path)  # whoever opened it keeps it; nothing is left behind
-        return memory if works and all(int(answer) for answer in said.values()) else None
+        return memory if works and all(answer[0] for answer in said.values()) else None
 
     @property
     def num_bytes(self) -> int:
@@ -120,13 +126,13 @@ class NodeMemory:
         for rank, rows in enumerate(send_splits):
             if rank in self._peers:
                 begin = start if shared else _BY_SOCKET
-                tell[rank] = torch.tensor([begin, len(self._own)])
+                tell[rank] = struct.pack("qq", begin, len(self._own))
             start += rows * row_bytes
         told = self._told(tell, patience, where)
         arrived = {self._rank: blocks[self._rank]}
         by_socket: dict[int, torch.Tensor] = {}
         for peer, answer in told.items():
-            begin, size = answer.tolist()
+            begin, size = struct.unpack("qq", answer)
             shape = (receive_splits[peer], row_nD.shape[1])
             if begin == _BY_SOCKET:
                 arrived[peer] = by_socket[peer] = row_nD.new_empty(shape)
@@ -142,13 +148,10 @@ class NodeMemory:
 
     # ---- messages -----------------------------------------------------------------------------
 
-    def _told(
-        self, tell: Mapping[int, torch.Tensor], patience: Patience, where: str
-    ) -> dict[int, torch.Tensor]:
-        """Swap tensors of one shape with the peers."""
-        heard = {peer: torch.empty_like(message) for peer, message in tell.items()}
-        self._transfer(tell, heard, patience, where)
-        return heard
+    def _told(self, tell: Mapping[int, bytes], patience: Patience, where: str) -> dict[int, bytes]:
+        """Swap messages of one size with the peers."""
+        sizes = {peer: len(message) for peer, message in tell.items()}
+        return self._channel.swap(tell, sizes, patience, where)
 
     def _transfer(
         self,
@@ -184,8 +187,8 @@ class NodeMemory:
             return ""
         return path
 
-    def _opened(self, peer: int, name: torch.Tensor) -> bool:
-        path = bytes(name.tolist()).rstrip(b"\0").decode()
+    def _opened(self, peer: int, name: bytes) -> bool:
+        path = name.rstrip(b"\0").decode()
         try:
             self._files[peer] = os.open(path, os.O_RDWR)
         except OSError:  # another host, or none was made

@@ -51,13 +51,13 @@ class Patience:
 
     @contextmanager
     def trying(self, peers: Iterable[int], where: str) -> Iterator[None]:
-        """Let what torch.distributed raises say where it happened and with whom.
+        """Let what torch.distributed or a socket raises say where it happened and with whom.
 
         A transfer can fail when it starts, too: with a rank that is known to be dead.
         """
         try:
             yield
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             ranks = list(peers)
             raise ExchangeError(
                 f"{self.what}, {where}: failed with rank {', '.join(map(str, ranks))} of the "

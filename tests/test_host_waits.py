@@ -15,6 +15,7 @@ from tamoe.hierarchical import RelayRoute
 from tamoe.schedules import Mover, Transfer
 from tamoe.summation import plan_stage, plan_sum
 from tamoe.topology import run_ranks
+from tamoe.word_swap import WordSwap
 from tests.host_waits import host_waits
 from tests.test_hierarchical import experts_of, routing, tree
 
@@ -50,8 +51,10 @@ def in_every_shape(rank: int) -> dict[str, list[str]]:
     found = {}
     many = 4 * INLINE_COUNTS + 4  # one count more for each rank than a message carries
     with pytest.MonkeyPatch.context() as patch:
-        # On a GPU there is no shared memory of the CPU: rows go by messages inside a node, too.
+        # On a GPU there is no shared memory of the CPU, and no counts by node: what the ranks of a
+        # node have for each other goes by the process group, too.
         patch.setattr(Mover, "_memory", None)
+        patch.setattr(WordSwap, "agree", lambda *_: None)
         patch.setattr("tamoe.summation.PIECES_ON", ())
         patch.setattr("tamoe.flat.SLICE_BYTES", 64)  # several slices
         for shape, levels in SHAPES.items():
