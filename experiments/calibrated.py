@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tamoe.calibration import Measured, calibration_cases, fit, measure
+from tamoe.calibration import Measured, fit, measure
 from tamoe.cases import Case, Groups
 from tamoe.progress import progress_line
 from tamoe.solver.constants import Constants
@@ -41,11 +41,11 @@ def calibrate_and_measure(
     task: str,
     topology: Topology,
     groups: Groups,
+    fitted: Sequence[Case],
     cases: Sequence[Case],
     repetitions: int,
 ) -> tuple[Mapping[tuple[str, str], Constants], list[Measured]]:
-    """Constants, fitted on calibration cases alone, and the times of other cases, from one run."""
-    fitted = calibration_cases(topology)
+    """Constants, fitted on some cases alone, and the times of the others, all from one run."""
     measured = measure_cases(spec, task, topology, groups, [*fitted, *cases], repetitions)
     split = len(fitted) * len(EXCHANGES) * len(WAYS)
     print(f"{spec}: fitting constants to {split} times", flush=True)

@@ -15,7 +15,7 @@ def save_figure(clusters: Sequence[Mapping[str, Any]], path: Path) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    figure = Figure(figsize=(1.5 + 3.5 * len(clusters), 4.2), layout="constrained")
+    figure = Figure(figsize=(max(7.0, 1.5 + 3.5 * len(clusters)), 4.2), layout="constrained")
     figure.suptitle("Better flat exchange over hierarchical, dispatch and combine", fontsize=12)
     panels = figure.subplots(1, len(clusters), sharey=True, squeeze=False)[0]
     every_k = sorted({row["top_k"] for one in clusters for row in one["simulated"]})

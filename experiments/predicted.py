@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from tamoe.calibration import Measured
+from tamoe.calibration import Measured, calibration_cases
 from tamoe.cases import EXPERTS_PER_RANK, HIDDEN_SIZE, Case, Groups, make_case, sized
 from tamoe.experiments.calibrated import (
     LEAST_S,
@@ -152,8 +152,9 @@ def main(
         if spec in constants:
             measured = measure_cases(spec, "predicted", topology, groups, scored, repetitions)
         else:
+            fitted = calibration_cases(topology)
             constants[spec], measured = calibrate_and_measure(
-                spec, "predicted", topology, groups, scored, repetitions
+                spec, "predicted", topology, groups, fitted, scored, repetitions
             )
         topology = with_constants(topology, constants[spec])
         rows += score(cluster, topology, measured)

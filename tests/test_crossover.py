@@ -53,6 +53,7 @@ def test_choices_are_scored_by_what_was_measured_from_5_ms_on() -> None:
     simulated = [row(16, k, seconds(0.02, 0.01, 0.03)) for k in (1, 2, 4)]  # prefers rounds
     near, wrong = seconds(0.01, 0.0104, 0.02), seconds(0.03, 0.03, 0.02)
     emulated = [row(16, 1, near), row(16, 2, wrong), row(16, 4, seconds(0.004, 0.9, 0.9))]
+    assert emulated[0]["gain"] == pytest.approx(0.01 / 0.02)  # the better flat one counts
     found = choices(emulated, simulated)
     assert found["worst_choice"] == pytest.approx(0.5)
     assert (found["settings"], found["near_best"], found["left_out"]) == (2, 0.5, 1)
