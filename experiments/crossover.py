@@ -237,7 +237,7 @@ def main(
             save_figure(clusters, output.with_suffix(".png"))
             print_table(one)
     except KeyboardInterrupt:
-        kept = f"{output} has {len(clusters)} clusters" if clusters else "nothing was measured"
+        kept = f"{output} has what was measured" if clusters else "nothing was measured"
         typer.echo(f"stopped; {kept}", err=True)
         raise typer.Exit(StoppedError.exit_code) from None
     except TamoeError as error:
