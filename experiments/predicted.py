@@ -15,8 +15,6 @@ prefers is within 5 % of the fastest.
 from __future__ import annotations
 
 import itertools
-import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -25,24 +23,26 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from tamoe.calibration import Measured, calibration_cases, fit, measure
+from tamoe.calibration import Measured, calibration_cases
 from tamoe.cases import EXPERTS_PER_RANK, HIDDEN_SIZE, Case, Groups, make_case, sized
-from tamoe.progress import progress_line
+from tamoe.experiments.calibrated import (
+    LEAST_S,
+    calibrate_and_measure,
+    judge_choices,
+    measure_cases,
+)
 from tamoe.solver import Workload, solve
 from tamoe.solver.constants import with_constants
 from tamoe.solver.exchange_cost import EXCHANGES, WAYS, predict
 from tamoe.topology.documents import check_writable, write_document
 from tamoe.topology.graph import Topology
-from tamoe.topology.ranks import run_ranks
 from tamoe.topology.spec import ClusterSpec
 
 SCHEMA, SCHEMA_VERSION = "tamoe.experiment.predicted", "1.0"
-LEAST_S, LEAST_BYTES = 5e-3, 1e6
-NEAR = 0.05  # of the fastest, for a good choice
+LEAST_BYTES = 1e6
 # Seconds that the busiest link is to be busy, and experts of each token.
 SCORED_ON, QUICK_ON = ((0.09, 2), (0.25, 8)), ((0.05, 2), (0.1, 2))
 SCORED = ("even", "uneven", "local 4", "target", "one-hot", "empty")
-_TIMEOUT_S = 1200.0
 _4X2, _STRIDED = "4x2:200mbit", ((0, 2, 4, 6), (1, 3, 5, 7))
 CLUSTERS: dict[str, tuple[str, Groups | None]] = {
     "4x2": (_4X2, None),
@@ -84,19 +84,6 @@ def cases_of(
 # ---- measuring and scoring --------------------------------------------------------------------
 
 
-def _rank(
-    rank: int, topology: Topology, groups: Groups, cases: Sequence[Case], repetitions: int
-) -> list[Measured] | None:
-    show, began_s = progress_line("predicted"), time.monotonic()
-
-    def progress(done: int) -> None:
-        left_s = (time.monotonic() - began_s) / done * (len(cases) - done)
-        show("routings", done, len(cases), left_s)
-
-    measured = measure(rank, topology, groups, cases, repetitions, progress if not rank else None)
-    return measured if rank == 0 else None
-
-
 def score(cluster: str, topology: Topology, measured: Sequence[Measured]) -> list[dict[str, Any]]:
     """Rows of the table: predicted and measured seconds of each way of each exchange."""
     rows = []
@@ -136,17 +123,11 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         times = both.setdefault(row["exchange"], [0.0, 0.0])
         times[0] += row["predicted_s"]
         times[1] += row["measured_s"]
-    lost = []
-    for both in by_case.values():
-        taken = min(both.values(), key=lambda times: times[0])[1]
-        lost.append(taken / min(times[1] for times in both.values()) - 1)
     return {
         "scored": len(errors),
         "median_error": median(errors) if errors else None,
         "worst_error": max(errors, default=None),
-        "settings": len(lost),
-        "near_best": sum(loss <= NEAR for loss in lost) / len(lost),
-        "worst_choice": max(lost),
+        **judge_choices(by_case.values()),
     }
 
 
@@ -168,16 +149,13 @@ def main(
         topology = ClusterSpec.parse(spec).topology()
         groups = some or (tuple(range(topology.num_ranks)),)
         scored = cases_of(topology, groups, SCORED, QUICK_ON if quick else SCORED_ON, 100 + number)
-        fitted = calibration_cases(topology)
-        cases = scored if spec in constants else [*fitted, *scored]
-        print(f"{cluster}: {len(cases)} routings", flush=True)
-        measured = run_ranks(
-            spec, _rank, topology, groups, cases, repetitions, timeout_s=_TIMEOUT_S
-        )[0]
-        if spec not in constants:
-            split = len(fitted) * len(EXCHANGES) * len(WAYS)
-            constants[spec] = fit(topology, measured[:split], os.cpu_count())
-            measured = measured[split:]
+        if spec in constants:
+            measured = measure_cases(spec, "predicted", topology, groups, scored, repetitions)
+        else:
+            fitted = calibration_cases(topology)
+            constants[spec], measured = calibrate_and_measure(
+                spec, "predicted", topology, groups, fitted, scored, repetitions
+            )
         topology = with_constants(topology, constants[spec])
         rows += score(cluster, topology, measured)
         print_summary(cluster, [row for row in rows if row["cluster"] == cluster])

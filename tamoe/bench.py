@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from tamoe.cases import draw_experts
 from tamoe.exchange import Exchange
 from tamoe.progress import progress_line
 from tamoe.relays import count_copies, plan_forwarding
@@ -80,9 +81,7 @@ def random_routing(
     if setting.skew == "local":
         near = [topology.node_of[e // setting.experts_per_rank] for e in range(num_experts)]
         weight_N[torch.tensor(near) == topology.node_of[rank]] = 16.0
-    # Smallest exponential variates: a draw without replacement by weight.
-    draw_TN = torch.empty(setting.tokens, num_experts).exponential_(generator=generator) / weight_N
-    return draw_TN.topk(setting.top_k, largest=False).indices
+    return draw_experts(weight_N, setting.tokens, setting.top_k, generator)
 
 
 def bench_rank(

@@ -97,7 +97,18 @@ def routing(case: Case, place: int, seed: int) -> torch.Tensor:
     weight_N = torch.tensor(case.weight_pN[place], dtype=torch.float64)
     tokens = case.tokens if bool(weight_N.any()) else 0
     generator = torch.Generator().manual_seed(seed)
+    return draw_experts(weight_N.clamp_min(1e-300), tokens, case.top_k, generator)
+
+
+def draw_experts(
+    weight_N: torch.Tensor, tokens: int, top_k: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Distinct experts for each token by weight, ``[T, K]``; drawn in the dtype of the weights.
+
+    >>> draw_experts(torch.tensor([1.0, 1e-9]), 2, 1, torch.Generator().manual_seed(0)).tolist()
+    [[0], [0]]
+    """
     # Smallest exponential variates: a draw without replacement by weight.
-    draw_TN = torch.empty(tokens, len(weight_N), dtype=torch.float64)
-    draw_TN = draw_TN.exponential_(generator=generator) / weight_N.clamp_min(1e-300)
-    return draw_TN.topk(case.top_k, largest=False).indices
+    draw_TN = torch.empty(tokens, len(weight_N), dtype=weight_N.dtype)
+    draw_TN = draw_TN.exponential_(generator=generator) / weight_N
+    return draw_TN.topk(top_k, largest=False).indices

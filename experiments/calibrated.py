@@ -1,0 +1,94 @@
+"""What experiments with the cost model share: runs of cases, constants, how good choices are."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from tamoe.calibration import Measured, fit, measure
+from tamoe.cases import Case, Groups
+from tamoe.progress import progress_line
+from tamoe.solver.constants import Constants
+from tamoe.solver.exchange_cost import EXCHANGES, WAYS
+from tamoe.topology.graph import Topology
+from tamoe.topology.ranks import run_ranks
+
+LEAST_S = 5e-3  # below, emulated times are not scored
+NEAR = 0.05  # of the fastest, for a good choice
+_TIMEOUT_S = 1200.0
+
+
+def measure_cases(
+    spec: str,
+    task: str,
+    topology: Topology,
+    groups: Groups,
+    cases: Sequence[Case],
+    repetitions: int,
+) -> list[Measured]:
+    """Time every exchange in every case on an emulated cluster; progress is the task's."""
+    print(f"{spec}: {len(cases)} routings", flush=True)
+    found: list[Measured] = run_ranks(
+        spec, _rank, task, topology, groups, cases, repetitions, timeout_s=_TIMEOUT_S
+    )[0]
+    return found
+
+
+def calibrate_and_measure(
+    spec: str,
+    task: str,
+    topology: Topology,
+    groups: Groups,
+    fitted: Sequence[Case],
+    cases: Sequence[Case],
+    repetitions: int,
+) -> tuple[Mapping[tuple[str, str], Constants], list[Measured]]:
+    """Constants, fitted on some cases alone, and the times of the others, all from one run."""
+    measured = measure_cases(spec, task, topology, groups, [*fitted, *cases], repetitions)
+    split = len(fitted) * len(EXCHANGES) * len(WAYS)
+    print(f"{spec}: fitting constants to {split} times", flush=True)
+    return fit(topology, measured[:split], os.cpu_count()), measured[split:]
+
+
+def _rank(
+    rank: int,
+    task: str,
+    topology: Topology,
+    groups: Groups,
+    cases: Sequence[Case],
+    repetitions: int,
+) -> list[Measured] | None:
+    show, began_s = progress_line(task), time.monotonic()
+
+    def progress(done: int) -> None:
+        left_s = (time.monotonic() - began_s) / done * (len(cases) - done)
+        show("routings", done, len(cases), left_s)
+
+    measured = measure(rank, topology, groups, cases, repetitions, progress if not rank else None)
+    return measured if rank == 0 else None
+
+
+def judge_choices(settings: Iterable[Mapping[str, Sequence[float]]]) -> dict[str, Any]:
+    """How often the exchange that the model prefers is near the fastest, and the worst miss.
+
+    Parameters
+    ----------
+    settings
+        Predicted and measured seconds of each exchange, for each setting.
+
+    Examples
+    --------
+    >>> judge_choices([{"flat": (1.0, 3.0), "hierarchical": (2.0, 2.0)}])
+    {'settings': 1, 'near_best': 0.0, 'worst_choice': 0.5}
+    """
+    lost = []
+    for both in settings:
+        taken = min(both.values(), key=lambda times: times[0])[1]
+        lost.append(taken / min(times[1] for times in both.values()) - 1)
+    return {
+        "settings": len(lost),
+        "near_best": sum(loss <= NEAR for loss in lost) / len(lost) if lost else None,
+        "worst_choice": max(lost, default=None),
+    }
