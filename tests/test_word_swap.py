@@ -40,7 +40,7 @@ def both_ways(rank: int) -> list[bool]:
     for nodes in NODES:
         plain, short = WordSwap(group, rank), WordSwap(group, rank)
         short.agree(nodes, PATIENCE)
-        for width in (1, 7, 256, 0):
+        for width in (1, 7, 256):
             given = message(rank, width)
             found.append(torch.equal(plain.swap(given, PATIENCE), short.swap(given, PATIENCE)))
         found.append(short._channel is not None)
@@ -56,7 +56,7 @@ def message_heads(rank: int, sent_PW: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.ranks
 def test_both_ways_bring_the_same() -> None:
-    assert run_ranks(5, both_ways, timeout_s=120) == [[True] * 6 * len(NODES)] * 5
+    assert run_ranks(5, both_ways, timeout_s=120) == [[True] * 5 * len(NODES)] * 5
 
 
 def without_sockets(rank: int) -> tuple[bool, bool]:
