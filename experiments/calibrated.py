@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -46,10 +47,17 @@ def calibrate_and_measure(
     repetitions: int,
 ) -> tuple[Mapping[tuple[str, str], Constants], list[Measured]]:
     """Constants, fitted on some cases alone, and the times of the others, all from one run."""
-    measured = measure_cases(spec, task, topology, groups, [*fitted, *cases], repetitions)
-    split = len(fitted) * len(EXCHANGES) * len(WAYS)
+    given = [*fitted, *cases]
+    # Mixed, so that a machine that is slower for a while is so for both.
+    order = random.Random(0).sample(range(len(given)), len(given))
+    mixed = [given[number] for number in order]
+    measured = measure_cases(spec, task, topology, groups, mixed, repetitions)
+    each = len(EXCHANGES) * len(WAYS)
+    of_case = {number: measured[i * each : (i + 1) * each] for i, number in enumerate(order)}
+    in_order = [one for number in range(len(given)) for one in of_case[number]]
+    split = len(fitted) * each
     print(f"{spec}: fitting constants to {split} times", flush=True)
-    return fit(topology, measured[:split], os.cpu_count()), measured[split:]
+    return fit(topology, in_order[:split], os.cpu_count()), in_order[split:]
 
 
 def _rank(

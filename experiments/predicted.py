@@ -6,16 +6,18 @@ Run it (about half an hour on two cores; ``--quick`` for one small cluster)::
 
 On each cluster every exchange runs on some routings, in turns. Constants are fitted on even,
 uneven, local and one-hot ones; what is scored are other draws, other sizes, another locality,
-routing after a plan's target, and several expert-parallel groups at the same time, for which
-nothing was fitted. Only times of at least 5 ms that have at least 1 MB on the busiest link are
-scored: an idle token bucket hides less. It is also counted how often the exchange that the model
-prefers is within 5 % of the fastest.
+routing after a plan's target, sizes of two decades on 4x2, and several expert-parallel groups at
+the same time, for which nothing was fitted. Only times of at least 5 ms that have at least 1 MB on
+the busiest link are scored: an idle token bucket hides less. It is also counted how often the
+exchange that the model prefers is within 5 % of the fastest, on routings of which one exchange is
+scored.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -42,6 +44,7 @@ SCHEMA, SCHEMA_VERSION = "tamoe.experiment.predicted", "1.0"
 LEAST_BYTES = 1e6
 # Seconds that the busiest link is to be busy, and experts of each token.
 SCORED_ON, QUICK_ON = ((0.09, 2), (0.25, 8)), ((0.05, 2), (0.1, 2))
+SIZED = "4x2"  # where sizes of two decades are scored, too
 SCORED = ("even", "uneven", "local 4", "target", "one-hot", "empty")
 _4X2, _STRIDED = "4x2:200mbit", ((0, 2, 4, 6), (1, 3, 5, 7))
 CLUSTERS: dict[str, tuple[str, Groups | None]] = {
@@ -81,6 +84,13 @@ def cases_of(
     ]
 
 
+def over_two_decades(topology: Topology, groups: Groups) -> list[Case]:
+    """Even routing with about 1 MB on the busiest link, and with a hundred times as much."""
+    small = make_case(topology, groups, "even", 0.045, 2, seed=0)
+    large = replace(small, name="even, 4.5 s, top-2", tokens=100 * small.tokens)
+    return [small, large]
+
+
 # ---- measuring and scoring --------------------------------------------------------------------
 
 
@@ -118,7 +128,10 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Errors of the scored rows, and how good the model's choices are."""
     errors = [abs(row["predicted_s"] / row["measured_s"] - 1) for row in rows if row["scored"]]
     by_case: dict[tuple[str, str], dict[str, list[float]]] = {}
+    full = {(row["cluster"], row["case"]) for row in rows if row["scored"]}
     for row in rows:
+        if (row["cluster"], row["case"]) not in full:
+            continue  # too little to move for a choice to matter
         both = by_case.setdefault((row["cluster"], row["case"]), {})
         times = both.setdefault(row["exchange"], [0.0, 0.0])
         times[0] += row["predicted_s"]
@@ -149,6 +162,8 @@ def main(
         topology = ClusterSpec.parse(spec).topology()
         groups = some or (tuple(range(topology.num_ranks)),)
         scored = cases_of(topology, groups, SCORED, QUICK_ON if quick else SCORED_ON, 100 + number)
+        if cluster == SIZED and not quick:
+            scored += over_two_decades(topology, groups)
         if spec in constants:
             measured = measure_cases(spec, "predicted", topology, groups, scored, repetitions)
         else:

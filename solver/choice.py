@@ -116,7 +116,7 @@ def choose_exchange(
         forward_PMM,
         rank_of_N,
         workload.token_bytes,
-        workload.tokens_per_rank,
+        [workload.tokens_per_rank] * num_ranks,
     )
     measured = bool(read_constants(topology))
     ways = {

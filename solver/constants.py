@@ -25,6 +25,8 @@ class Constants:
         Seconds, >= 0, of a rank for each message that it sends or gets.
     work_s_per_byte
         Seconds of a rank for each byte that it sends or gets, in whichever way.
+    work_s_per_token_byte
+        Seconds of a rank for each byte of its own tokens, whatever becomes of them.
     duplex_share
         Share of a link's bandwidth that it reaches while both directions are busy, > 0 to 1.
     at_once
@@ -34,6 +36,7 @@ class Constants:
     start_s: float = 0.0
     message_s: float = 0.0
     work_s_per_byte: float = 0.0
+    work_s_per_token_byte: float = 0.0
     duplex_share: float = 1.0
     at_once: int | None = None
 

@@ -9,7 +9,7 @@ Shape suffixes: P ranks of the cluster, p ranks of a group, M nodes.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -41,12 +41,18 @@ class Rows:
     hops_pp
         ``[p, p]`` bytes of each hop: one for a flat exchange; for a hierarchical one those between
         nodes, highest switches first, then the one inside nodes.
+    token_bytes_p
+        Bytes of the tokens of each rank.
+    told
+        Whether ranks also tell each other where copies go, and weights.
     parts
         Shares of the tokens that travel together, in the order of a dispatch.
     """
 
     ranks: tuple[int, ...]
     hops_pp: Sequence[np.ndarray]
+    token_bytes_p: Sequence[float] = ()
+    told: bool = False
     parts: Sequence[float] = (1.0,)
 
 
@@ -105,7 +111,7 @@ def rows_of_group(
     forward_pMM: np.ndarray,
     rank_of_N: Sequence[int],
     row_bytes: int,
-    most_tokens: float,
+    tokens_p: Sequence[float],
 ) -> dict[tuple[str, str], Rows]:
     """What a group moves, for each way of each exchange, from its counts and touches.
 
@@ -123,26 +129,27 @@ def rows_of_group(
         Place in the group of the rank of each expert.
     row_bytes
         Bytes of a token.
-    most_tokens
-        Tokens of the rank that has most.
+    tokens_p
+        Tokens of each rank of the group.
 
     Examples
     --------
     >>> topology = Topology.from_tree("2x1", bandwidth_bytes_per_s=(4e9, 1e9))
     >>> counts_pN, forward_pMM = np.array([[0, 3], [0, 0]]), np.zeros((2, 2, 2))
-    >>> rows = rows_of_group(topology, (0, 1), counts_pN, forward_pMM, (0, 1), 8, 3)
+    >>> rows = rows_of_group(topology, (0, 1), counts_pN, forward_pMM, (0, 1), 8, [3, 0])
     >>> rows["flat rounds", "combine"].hops_pp[0].tolist()
     [[0.0, 24.0], [0.0, 0.0]]
     """
-    flat = Rows(ranks, [flat_rows(counts_pN, rank_of_N) * row_bytes])
+    token_bytes_p = [tokens * row_bytes for tokens in tokens_p]
+    flat = Rows(ranks, [flat_rows(counts_pN, rank_of_N) * row_bytes], token_bytes_p)
     hops = hierarchical_rows(local, counts_pN, forward_pMM, rank_of_N)
     hops_pp = [hop_pp * row_bytes for hop_pp in hops]
     told_pp = told_bytes(local, counts_pN, forward_pMM, rank_of_N)
-    parts = part_shares(num_parts(most_tokens * row_bytes))
-    there = Rows(ranks, [hops_pp[0] + told_pp, *hops_pp[1:]], parts)
+    parts = part_shares(num_parts(max(token_bytes_p)))
+    there = Rows(ranks, [hops_pp[0] + told_pp, *hops_pp[1:]], token_bytes_p, True, parts)
     moved = {
         ("hierarchical", "dispatch"): there,
-        ("hierarchical", "combine"): Rows(ranks, hops_pp, parts),
+        ("hierarchical", "combine"): Rows(ranks, hops_pp, token_bytes_p, False, parts),
     }
     return moved | {(exchange, way): flat for exchange in EXCHANGES[:2] for way in WAYS}
 
@@ -198,9 +205,8 @@ def predict(
     simulate = run_steps if topology.num_ranks <= MOST_RANKS else run_steps_together
     line = simulate(topology, steps_P, duplex_share=constants.duplex_share)
     busy = zip(topology.links, line.busy_L.tolist(), strict=True)
-    messages_s = sum(work.messages_s(flows_P) for flows_P in _between_nodes(topology, steps_P))
     return Prediction(
-        constants.start_s + messages_s + line.time_s,
+        constants.start_s + line.time_s,
         {(link.source, link.target): busy_s for link, busy_s in busy if busy_s > 0},
     )
 
@@ -210,6 +216,7 @@ class _Work:
 
     def __init__(self, constants: Constants, groups: Sequence[Rows], num_ranks: int) -> None:
         self._groups, self._per_byte = groups, constants.work_s_per_byte
+        self._per_token_byte = constants.work_s_per_token_byte
         self._message_s, self._num_ranks = constants.message_s, num_ranks
         self._at_once = min(constants.at_once or num_ranks, num_ranks)
 
@@ -218,7 +225,10 @@ class _Work:
         each = [0.0]
         for rows in self._groups:
             bytes_pp = rows.hops_pp[hop]
-            each += (self._per_byte * (bytes_pp.sum(0) + bytes_pp.sum(1))).tolist()
+            work_p = self._per_byte * (bytes_pp.sum(0) + bytes_pp.sum(1))
+            if len(rows.token_bytes_p):
+                work_p = work_p + self._per_token_byte * np.asarray(rows.token_bytes_p)
+            each += work_p.tolist()
         return max(max(each), sum(each) / self._at_once)
 
     def messages_s(self, flows_P: Iterable[Flows]) -> float:
@@ -230,35 +240,23 @@ class _Work:
         return self._message_s * max(max(count_P), sum(count_P) / self._at_once)
 
 
-def _between_nodes(topology: Topology, steps_P: Sequence[Sequence[Step]]) -> Iterator[list[Flows]]:
-    """Flows between nodes of each step, by the rank that sends them: nothing hides their start."""
-    node_of = topology.node_of
-    for number in range(max(map(len, steps_P))):
-        yield [
-            tuple(flow for flow in steps[number].flows if node_of[flow[0]] != node_of[flow[1]])
-            if number < len(steps)
-            else ()
-            for steps in steps_P
-        ]
-
-
 def _flat_steps(
     local: Topology, rows: Rows, way: Way, work: _Work, in_rounds: bool
 ) -> list[list[Step]]:
     """Pack, send, arrange."""
     bytes_pp = rows.hops_pp[0] if way == "dispatch" else rows.hops_pp[0].T
-    rounds = _rounds(local, bytes_pp, rows.ranks) if in_rounds else None
-    packing = work.seconds(0) / 2
-    near = _between(local, bytes_pp, rows.ranks, lambda step: step == 0)
-    steps_p = []
-    for place in range(len(rows.ranks)):
-        if rounds is None:
-            middle = [Step(_between(local, bytes_pp, rows.ranks, lambda step: True)[place])]
-        else:
-            middle = [Step(flows_p[place]) for flows_p in rounds] or [Step()]
-            middle[-1] = Step((*middle[-1].flows, *near[place]))
-        steps_p.append([Step(work_s=packing), *middle, Step(work_s=packing)])
-    return steps_p
+    packing = Step(work_s=work.seconds(0) / 2)
+    if in_rounds:
+        near = _between(local, bytes_pp, rows.ranks, lambda step: step == 0)
+        moves = _rounds(local, bytes_pp, rows.ranks) or [[()] * len(near)]
+        moves[-1] = [(*far, *inside) for far, inside in zip(moves[-1], near, strict=True)]
+    else:
+        moves = [_between(local, bytes_pp, rows.ranks, lambda step: True)]
+    messages_s = [work.messages_s(flows_p) for flows_p in moves]
+    return [
+        [packing, *(Step(*step) for step in zip(flows, messages_s, strict=True)), packing]
+        for flows in zip(*moves, strict=True)
+    ]
 
 
 def _relayed_steps(
@@ -285,10 +283,19 @@ def _relayed_steps(
 
     def add(flows: Sequence[Flows], part: int | None) -> None:
         work_s, near = beside(part)
+        work_s += work.messages_s(flows)
+        if rows.told:  # positions go along with the rows that they are about, weights at first
+            work_s += work.messages_s(flows)
+            if not steps_p[0]:
+                work_s += work.messages_s(weights)
         for place, steps in enumerate(steps_p):
             steps.append(Step((*flows[place], *near[place]), work_s))
 
     nothing: list[Flows] = [()] * len(rows.ranks)
+    weights = [
+        tuple((source, target, 0.0) for target in rows.ranks if target != source and num_bytes)
+        for source, num_bytes in zip(rows.ranks, rows.token_bytes_p, strict=False)
+    ]
     if way == "combine":
         add(nothing, 0)
     arrived: int | None = None

@@ -20,6 +20,8 @@ from tamoe.topology.graph import Topology
 # Flows within this share of their end finish together: fewer events, and an error below it.
 TOGETHER = 0.005
 FREE_BYTES_PER_S = 1e15
+# A sender is done once the rest of its rows is in the socket; whoever receives waits for them all.
+SOCKET_BYTES = 2.0**20
 Flows = tuple[tuple[int, int, float], ...]  # source, target, bytes
 
 
@@ -81,7 +83,7 @@ def run_steps(
         _advance(steps_P, step_P, last_P, work_until_P, now_s, source_F, target_F, step_F, left_F)
         if (step_P >= last_P).all():
             return Timeline(float(now_s), busy_L)
-        active_F = (left_F > 0) & (step_P[source_F] == step_F) & (step_P[target_F] == step_F)
+        active_F = (left_F > 0) & (step_P[source_F] >= step_F) & (step_P[target_F] >= step_F)
         used_L = active_F @ incidence_FL > 0
         both_L = used_L & np.where(opposite_L >= 0, used_L[opposite_L], False)
         reached_L = np.where(both_L, bandwidth_L * duplex_share, bandwidth_L)
@@ -90,7 +92,8 @@ def run_steps(
         rate_F[active_F] = fair_rates(incidence_FL[active_F], capacity_L, size_F[active_F])
         load_L = rate_F @ incidence_FL
         waits = work_until_P[(step_P < last_P) & (work_until_P > now_s)] - now_s
-        ends_s = left_F[active_F] / rate_F[active_F]
+        unsent_F = np.where(left_F > SOCKET_BYTES, left_F - SOCKET_BYTES, left_F)
+        ends_s = unsent_F[active_F] / rate_F[active_F]
         over_L = (load_L > reached_L) & (credit_L > 0)
         empties_s = credit_L[over_L] / (load_L - reached_L)[over_L]
         step_s = min([*waits, *ends_s, *empties_s], default=np.inf)
@@ -101,6 +104,8 @@ def run_steps(
         now_s += step_s
         left_F -= rate_F * step_s
         left_F[active_F & (left_F <= TOGETHER * size_F)] = 0.0
+        sent_F = active_F & (np.abs(left_F - SOCKET_BYTES) <= TOGETHER * size_F)
+        left_F[sent_F] = np.minimum(left_F[sent_F], SOCKET_BYTES)
 
 
 def run_steps_together(
@@ -200,8 +205,8 @@ def _advance(
     moved = True
     while moved:
         moved = False
-        open_F = left_F > 0
-        busy = set(zip(source_F[open_F].tolist(), step_F[open_F].tolist(), strict=True))
+        open_F, unsent_F = left_F > 0, left_F > SOCKET_BYTES
+        busy = set(zip(source_F[unsent_F].tolist(), step_F[unsent_F].tolist(), strict=True))
         busy |= set(zip(target_F[open_F].tolist(), step_F[open_F].tolist(), strict=True))
         idle = (step_P < last_P) & (work_until_P <= now_s + 1e-12)
         for rank in np.flatnonzero(idle).tolist():

@@ -187,7 +187,7 @@ def _moved(
             np.stack([entry[2] for entry in mine]),
             [expert // each for expert in range(num_experts)],
             case.hidden_size * 4,
-            max(entry[3] for entry in mine),
+            [entry[3] for entry in mine],
         )
         for key, value in rows.items():
             moved.setdefault(key, []).append(value)
@@ -211,13 +211,19 @@ def fit(
     """
     from scipy.optimize import least_squares
 
+    def from_fit(values: np.ndarray) -> Constants:
+        start_ms, message_ms, work_ns, token_ns, share = values.tolist()
+        return Constants(
+            start_ms / 1e3, message_ms / 1e3, work_ns / 1e9, token_ns / 1e9, share, at_once
+        )
+
     fitted: dict[tuple[str, str], Constants] = {}
+    steps = np.diag([0.3, 0.01, 0.03, 0.05, -0.01])
     for key in itertools.product(EXCHANGES, WAYS):
         mine = [m for m in measured if (m.exchange, m.way) == key]
 
         def error(values: np.ndarray, mine: Sequence[Measured] = mine) -> list[float]:
-            start, message, work, share = values.tolist()
-            constants = Constants(start / 1e3, message / 1e3, work / 1e9, share, at_once)
+            constants = from_fit(values)
             return [
                 float(
                     np.log(
@@ -227,16 +233,20 @@ def fit(
                 for m in mine
             ]
 
+        # Predictions have small steps, so differences over tiny distances would be noise.
+        def jacobian(values: np.ndarray, error: Any = error) -> np.ndarray:
+            here = np.array(error(values))
+            return np.stack([(error(values + step) - here) / step.sum() for step in steps], 1)
+
         found = least_squares(
             error,
-            [5.0, 0.1, 1.0, 0.95],
-            bounds=([0.0, 0.0, 0.0, 0.5], [1e3, 1e3, 1e3, 1.0]),
-            x_scale=[10.0, 0.2, 1.0, 0.1],
-            diff_step=0.02,
+            [5.0, 0.1, 1.0, 1.0, 0.95],
+            bounds=([0.0, 0.0, 0.0, 0.0, 0.5], [1e3, 1e3, 1e3, 1e3, 1.0]),
+            x_scale=[10.0, 0.2, 1.0, 1.0, 0.1],
+            jac=jacobian,
             loss="soft_l1",
             f_scale=0.05,
-            max_nfev=15,
+            max_nfev=30,
         )
-        start, message, work, share = found.x.tolist()
-        fitted[key] = Constants(start / 1e3, message / 1e3, work / 1e9, share, at_once)
+        fitted[key] = from_fit(found.x)
     return fitted

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Literal
 
 import torch
@@ -201,7 +201,7 @@ class Mover:
         assert self.group is not None
         transfer = self.transfer(word_W1, send_splits, receive_splits, "counts")
         self._note("counts", send_splits, word_W1.element_size())
-        return transfer.start_at_once(), transfer.received_RD
+        return transfer.start_singly(), transfer.received_RD
 
     def move(
         self,
@@ -320,12 +320,29 @@ class Transfer:
 
         Round 0 stays inside the node and also copies the rows that this rank keeps.
         """
-        step = self._rounds[number]
         where = f"{self._what}, round {number} between nodes"
         if number == 0:
             where = f"{self._what}, inside the node"
-            rank = dist.get_rank(self._group)
-            self._incoming[rank].copy_(self._outgoing[rank])
+            self._keep()
+        return self._start(self._rounds[number], where)
+
+    def start_singly(self) -> Waiting:
+        """Start everything, one message for each rank that gets or sends some.
+
+        Cheaper on gloo than an all-to-all where few ranks do.
+        """
+        self._keep()
+        targets, sources = ([*chain.from_iterable(way)] for way in zip(*self._ways(), strict=True))
+        return self._start(Round(tuple(targets), tuple(sources)), f"{self._what}, all ranks")
+
+    def _ways(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        return [(step.targets, step.sources) for step in self._rounds]
+
+    def _keep(self) -> None:
+        rank = dist.get_rank(self._group)
+        self._incoming[rank].copy_(self._outgoing[rank])
+
+    def _start(self, step: Round, where: str) -> Waiting:
         transfers = [
             *((dist.irecv, self._incoming[peer], peer) for peer in step.sources),
             *((dist.isend, self._outgoing[peer], peer) for peer in step.targets),

@@ -52,7 +52,9 @@ def random_rows(topology, seed, tokens=300, top_k=2, each=2):
             forward_pMM[rank, node_of[rank], node] += 1
     rank_of_N = np.arange(num_experts) // each
     ranks = everything(topology)
-    return rows_of_group(topology, ranks, counts_pN, forward_pMM, rank_of_N, 1024, tokens)
+    return rows_of_group(
+        topology, ranks, counts_pN, forward_pMM, rank_of_N, 1024, [tokens] * num_ranks
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -191,7 +193,7 @@ def test_constants_add_up():
 def test_constants_travel_with_the_topologys_file(tmp_path):
     topology = tree("2x2")
     given = {
-        (e, w): Constants(i, 1e-3, 2e-9, 0.9, 2)
+        (e, w): Constants(i, 1e-3, 2e-9, 1e-9, 0.9, 2)
         for i, (e, w) in enumerate(itertools.product(EXCHANGES, WAYS))
     }
     with_constants(topology, given).save(tmp_path / "t.json")
