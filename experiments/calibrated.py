@@ -100,3 +100,17 @@ def judge_choices(settings: Iterable[Mapping[str, Sequence[float]]]) -> dict[str
         "near_best": sum(loss <= NEAR for loss in lost) / len(lost) if lost else None,
         "worst_choice": max(lost, default=None),
     }
+
+
+def choices_in_words(found: Mapping[str, Any]) -> str:
+    """What :func:`judge_choices` found, for a table.
+
+    >>> choices_in_words({"settings": 4, "near_best": 0.75, "worst_choice": 0.1})
+    '4 settings, near best 75%, worst +10%'
+    """
+    if not found["settings"]:
+        return "0 settings"
+    return (
+        f"{found['settings']} settings, near best {found['near_best']:.0%}, "
+        f"worst {found['worst_choice']:+.0%}"
+    )

@@ -28,7 +28,12 @@ import typer
 
 from tamoe.calibration import Measured, calibration_cases
 from tamoe.cases import EXPERTS_PER_RANK, HIDDEN_SIZE, Case
-from tamoe.experiments.calibrated import LEAST_S, calibrate_and_measure, judge_choices
+from tamoe.experiments.calibrated import (
+    LEAST_S,
+    calibrate_and_measure,
+    choices_in_words,
+    judge_choices,
+)
 from tamoe.experiments.crossover_figure import save_figure
 from tamoe.progress import progress_line
 from tamoe.solver import Workload
@@ -252,11 +257,8 @@ def print_table(one: Mapping[str, Any]) -> None:
     for crossover in one["crossovers"]:
         print(f"  top-{crossover['top_k']}: {crossover['words']}")
     found = one["choices"]
-    good = ""
-    if found["settings"]:
-        good = f", near best {found['near_best']:.0%}, worst {found['worst_choice']:+.0%}"
     print(
-        f"  choices against measured times (emulated): {found['settings']} settings{good}; "
+        f"  choices against measured times (emulated): {choices_in_words(found)}; "
         f"{found['left_out']} left out, below {LEAST_S * 1e3:g} ms",
         flush=True,
     )

@@ -30,6 +30,7 @@ from tamoe.cases import EXPERTS_PER_RANK, HIDDEN_SIZE, Case, Groups, make_case, 
 from tamoe.experiments.calibrated import (
     LEAST_S,
     calibrate_and_measure,
+    choices_in_words,
     judge_choices,
     measure_cases,
 )
@@ -173,7 +174,6 @@ def main(
             )
         topology = with_constants(topology, constants[spec])
         rows += score(cluster, topology, measured)
-        print_summary(cluster, [row for row in rows if row["cluster"] == cluster])
         document = {
             "schema": SCHEMA,
             "schema_version": SCHEMA_VERSION,
@@ -185,16 +185,13 @@ def main(
         }
         write_document(output, document)  # after every cluster, so that nothing measured is lost
         save_figure(rows, output.with_suffix(".png"))
+        print_summary(cluster, [row for row in rows if row["cluster"] == cluster])
     print_summary("all", rows)
 
 
 def print_summary(title: str, rows: Sequence[dict[str, Any]]) -> None:
     """One line, then one for each exchange."""
-    found = summary(rows)
-    print(
-        f"{title}: near best {found['near_best']:.0%} of {found['settings']} settings, worst "
-        f"choice {found['worst_choice']:+.0%}"
-    )
+    print(f"{title}: choices against measured times (emulated): {choices_in_words(summary(rows))}")
     for exchange, way in itertools.product(EXCHANGES, WAYS):
         errors = [
             row["predicted_s"] / row["measured_s"] - 1
@@ -226,11 +223,8 @@ def save_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
         measured_ms, predicted_ms = row["measured_s"] * 1e3, row["predicted_s"] * 1e3
         both.scatter(measured_ms, predicted_ms, **look)
         error.scatter(measured_ms, 100 * (predicted_ms / measured_ms - 1), **look)
-    ends = [
-        min(row["measured_s"] for row in scored) * 1e3,
-        max(row["measured_s"] for row in scored) * 1e3,
-    ]
-    both.plot(ends, ends, color="black", linewidth=0.8)
+    times = sorted(row["measured_s"] * 1e3 for row in scored)
+    both.plot(times, times, color="black", linewidth=0.8)
     both.set(xscale="log", yscale="log", ylabel="predicted ms (simulated)")
     error.axhspan(-8, 8, color="#dddddd", zorder=0)
     error.axhline(0, color="black", linewidth=0.8)

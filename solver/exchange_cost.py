@@ -218,6 +218,7 @@ class _Work:
         self._groups, self._per_byte = groups, constants.work_s_per_byte
         self._per_token_byte = constants.work_s_per_token_byte
         self._message_s, self._num_ranks = constants.message_s, num_ranks
+        self._num_groups = len(groups)
         self._at_once = min(constants.at_once or num_ranks, num_ranks)
 
     def seconds(self, hop: int) -> float:
@@ -232,12 +233,13 @@ class _Work:
         return max(max(each), sum(each) / self._at_once)
 
     def messages_s(self, flows_P: Iterable[Flows]) -> float:
-        """For the messages of one step, at both of their ends."""
+        """For the messages of one step of a group, at both ends; other groups have as many."""
         count_P = [0] * self._num_ranks
         for source, target, _ in itertools.chain.from_iterable(flows_P):
             count_P[source] += 1
             count_P[target] += 1
-        return self._message_s * max(max(count_P), sum(count_P) / self._at_once)
+        all_groups = self._num_groups * sum(count_P)
+        return self._message_s * max(max(count_P), all_groups / self._at_once)
 
 
 def _flat_steps(

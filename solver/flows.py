@@ -1,8 +1,9 @@
 """How long transfers take that share links: a fluid simulation with max-min fair rates.
 
 Every rank goes through steps. A step holds the flows that it sends or receives then, and work that
-goes on beside them; the next step begins when all of that is done. A flow runs while both of its
-ends are in its step. A link with a token bucket lets a burst through before it holds back; the
+goes on beside them; the next step begins when all has arrived and the work is done, and when of
+each flow that it sends the rest fits in a socket. A flow runs once both of its ends have come to
+its step. A link with a token bucket lets a burst through before it holds back; the
 bucket fills again while the link is less than full.
 
 Shape suffixes: F flows, L links, P ranks.
@@ -20,7 +21,8 @@ from tamoe.topology.graph import Topology
 # Flows within this share of their end finish together: fewer events, and an error below it.
 TOGETHER = 0.005
 FREE_BYTES_PER_S = 1e15
-# A sender is done once the rest of its rows is in the socket; whoever receives waits for them all.
+# Linux lets a socket grow to megabytes. Without it, one-hot combines in rounds on three nodes were
+# predicted 23 % too long, with it 8 % (emulated); 4 MiB in its place changes nothing.
 SOCKET_BYTES = 2.0**20
 Flows = tuple[tuple[int, int, float], ...]  # source, target, bytes
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from tamoe.host_table import table_on
+from tamoe.node_channel import MOST_BYTES
 from tamoe.schedules import Mover, Nodes
 from tamoe.topology.errors import InputError
 from tamoe.word_swap import word_swap
@@ -102,7 +103,8 @@ def exchange_counts(
     num_words = num_ranks * MESSAGE_WORDS
     words, note = _rows(told[:num_words], MESSAGE_WORDS), told[len(told) - len(note_X) :]
     _require_equal([row[:HEADER_WORDS] for row in words], header.problem, bool(note[0]))
-    swap.agree(mover.nodes, mover.patience)  # headers tell that all ranks have these nodes
+    if message.device.type == "cpu" and message.numel() * message.element_size() <= MOST_BYTES:
+        swap.agree(mover.nodes, mover.patience)  # headers tell that all ranks have these nodes
     received_PW = [row[HEADER_WORDS : HEADER_WORDS + inline] for row in words]
     if num_counts > inline:
         rest = count_PW[:, inline:].to(torch.int32)  # rows of one rank, so that they fit

@@ -1,6 +1,6 @@
 """What the exchanges cost on a cluster beside the bytes on its links: measured, then fitted.
 
-The cost model of :mod:`tamoe.solver.exchange_cost` has three constants for each way of each
+The cost model of :mod:`tamoe.solver.exchange_cost` has five constants for each way of each
 exchange. Here every exchange runs on a few routings, in turns, and the constants are those whose
 predictions are nearest to the medians.
 
@@ -204,7 +204,7 @@ def fit(
     topology
         The cluster.
     measured
-        From :func:`measure`; at least three cases.
+        From :func:`measure`; at least five cases.
     at_once
         Ranks that can work at the same time: the cores of an emulated cluster, None for a real
         one, where ranks have cores of their own.

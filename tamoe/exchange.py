@@ -55,8 +55,9 @@ class Exchange:
 
     A dispatch makes the host wait for the device once, for counts; twice where a rank has to be
     told more than 247 of them (flat: E, the most experts that a rank has; hierarchical: E for each
-    rank of a node and twice the nodes, for each part). What follows, combine and the backward
-    passes do not, given kernels (:mod:`tamoe.ops`). All ranks must call dispatch and combine, and
+    rank of a node and twice the nodes, for each part). The kernel sorts up to 12,288 experts times
+    parts; beyond, PyTorch does, which waits, too. What follows, combine and the backward passes do
+    not, given kernels (:mod:`tamoe.ops`). All ranks must call dispatch and combine, and
     run backward, equally often and in the same order, also ranks without tokens.
 
     Parameters

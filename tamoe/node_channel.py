@@ -1,7 +1,7 @@
 """Small messages between the ranks of one host, by Unix sockets.
 
-A message through the process group wakes several threads at both ends, which costs ten times as
-much where ranks share cores.
+A message through the process group wakes several threads at both ends, which costs several times
+as much where ranks share cores.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,8 +21,12 @@ import torch.distributed as dist
 from tamoe.groups import group_timeout_s
 from tamoe.waiting import Patience
 
-MOST_BYTES = 2**17  # of a message; all are sent before any is read, so sockets have to hold them
-_NAME_BYTES = 16
+# Of a message. All ranks send theirs before they read, so a socket has to hold one, or the ranks
+# of a node would wait for each other.
+MOST_BYTES = 2**17
+_FOLDER = "/dev/shm"  # of sockets that exist until all ranks have connected
+_NAME_BYTES = 64
+_MOST_TIMEOUT_S = 1e6  # sockets count in milliseconds of 32 bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +38,13 @@ class NodeChannel:
 
     def __del__(self) -> None:
         for connection in self.socket_of.values():
+            connection.close()  # without a shutdown: a forked process may go before its parent
+
+    def close(self) -> None:
+        """End all connections: peers that wait for this rank hear of it, and later swaps fail."""
+        for connection in self.socket_of.values():
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
             connection.close()
 
     def swap(
@@ -47,73 +59,133 @@ class NodeChannel:
         Raises
         ------
         ExchangeError
-            A peer died, or did not answer in time.
+            A peer died or did not answer in time, or a swap before failed: the ranks could
+            otherwise take old messages for new ones.
         """
-        for peer, message in tell.items():
-            with patience.trying([peer], where):
-                self._try(peer, patience).sendall(message)
-        return {
-            peer: self._received(peer, size, patience, where) for peer, size in num_bytes.items()
-        }
+        limit_s = min(patience.timeout_s or self.timeout_s, _MOST_TIMEOUT_S)
+        try:
+            with patience.trying(self.socket_of, where):
+                for connection in self.socket_of.values():
+                    connection.settimeout(limit_s)
+                for peer, message in tell.items():
+                    self._send(peer, message)
+                return {peer: self._received(peer, size) for peer, size in num_bytes.items()}
+        except BaseException:
+            self.close()
+            raise
 
-    def _received(self, peer: int, size: int, patience: Patience, where: str) -> bytes:
+    def _send(self, peer: int, message: bytes) -> None:
+        try:
+            self.socket_of[peer].sendall(message)
+        except OSError as error:
+            raise ConnectionError(f"rank {peer} cannot be told: {error}") from error
+
+    def _received(self, peer: int, size: int) -> bytes:
         message = bytearray(size)
         rest = memoryview(message)
-        with patience.trying([peer], where):
-            connection = self._try(peer, patience)
-            while rest:
-                got = connection.recv_into(rest)
-                if not got:
-                    raise ConnectionError("it closed the connection")
-                rest = rest[got:]
+        while rest:
+            try:
+                got = self.socket_of[peer].recv_into(rest)
+            except OSError as error:
+                raise ConnectionError(f"rank {peer} did not answer: {error}") from error
+            if not got:
+                raise ConnectionError(f"rank {peer} closed its connection: it died, or gave up")
+            rest = rest[got:]
         return bytes(message)
-
-    def _try(self, peer: int, patience: Patience) -> socket.socket:
-        connection = self.socket_of[peer]
-        connection.settimeout(patience.timeout_s or self.timeout_s)
-        return connection
 
 
 def _connect(
     group: dist.ProcessGroup, rank: int, peers: Sequence[int], patience: Patience
 ) -> NodeChannel | None:
-    """Connections to the peers, or None on all of them where one cannot be reached."""
+    """Connections to the peers, or None on all of them where one cannot reach another."""
     where, timeout_s = "sockets of the node", group_timeout_s(group)
+    limit_s = min(patience.timeout_s or timeout_s, _MOST_TIMEOUT_S)
+    channel = NodeChannel({}, timeout_s)
     connected: dict[int, socket.socket] = {}
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind("")  # Linux names it, in the network namespace, and leaves no file
-        listener.listen(len(peers))
-        name = listener.getsockname()[1:].ljust(_NAME_BYTES, b"\0")
+    listener, path = _listening(len(peers))
+    try:
+        name = path.encode().ljust(_NAME_BYTES, b"\0")
         names = _told(group, dict.fromkeys(peers, name), patience, where)
+        works = listener is not None
         for peer in peers:
-            if peer < rank:
-                with suppress(OSError):
-                    connected[peer] = _opened(b"\0" + names[peer].rstrip(b"\0"), rank)
-        reached = all(peer in connected for peer in peers if peer < rank)
-        said = _told(group, dict.fromkeys(peers, bytes([reached])), patience, where)
-        if not reached or not all(answer[0] for answer in said.values()):
-            return None  # closing what is connected
-        listener.settimeout(patience.timeout_s or timeout_s)
-        while len(connected) < len(peers):
-            with patience.trying([peer for peer in peers if peer not in connected], where):
-                connection, _ = listener.accept()
-                if _is_own(connection):
-                    peer = struct.unpack("i", connection.recv(4, socket.MSG_WAITALL))[0]
-                    connected[peer] = connection
-    return NodeChannel(connected, timeout_s)
+            if works and peer < rank:
+                works = _open(connected, peer, names[peer].rstrip(b"\0"), rank, limit_s)
+        said = _told(group, dict.fromkeys(peers, bytes([works])), patience, where)
+        works = works and all(answer[0] for answer in said.values())
+        if works and listener is not None:
+            works = _accept(connected, [peer for peer in peers if peer > rank], listener, limit_s)
+        channel = NodeChannel(connected, timeout_s)
+        said = _told(group, dict.fromkeys(peers, bytes([works])), patience, where)
+        works = works and all(answer[0] for answer in said.values())
+    finally:
+        if listener is not None:
+            listener.close()
+            os.unlink(path)
+            os.rmdir(os.path.dirname(path))
+    if not works:
+        channel.close()
+        return None
+    return channel
 
 
-def _opened(name: bytes, rank: int) -> socket.socket:
+def _listening(backlog: int) -> tuple[socket.socket | None, str]:
+    """A socket in a folder of this user alone, and its path; None and "" where there is none."""
+    with suppress(OSError):
+        folder = tempfile.mkdtemp(prefix="tamoe-", dir=_FOLDER)
+        try:
+            listener = socket.socket(socket.AF_UNIX)
+            listener.bind(f"{folder}/socket")
+            listener.listen(max(backlog, 1))
+            return listener, f"{folder}/socket"
+        except OSError:
+            with suppress(OSError):
+                os.unlink(f"{folder}/socket")
+            os.rmdir(folder)
+    return None, ""
+
+
+def _open(
+    connected: dict[int, socket.socket], peer: int, path: bytes, rank: int, limit_s: float
+) -> bool:
+    """Connect to a peer, and say who this is."""
     connection = socket.socket(socket.AF_UNIX)
-    connection.connect(name)
-    connection.sendall(struct.pack("i", rank))
-    return connection
+    connected[peer] = connection
+    try:
+        connection.settimeout(limit_s)
+        connection.connect(path)
+        connection.sendall(struct.pack("i", rank))
+        return _roomy(connection)
+    except OSError:  # another host, or no room for more
+        return False
 
 
-def _is_own(connection: socket.socket) -> bool:
-    """Whether the other end is a process of this user; such sockets have no permissions."""
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    return bool(struct.unpack("3i", credentials)[1] == os.getuid())
+def _accept(
+    connected: dict[int, socket.socket],
+    awaited: Sequence[int],
+    listener: socket.socket,
+    limit_s: float,
+) -> bool:
+    """Take the connections that the awaited ranks have made."""
+    listener.settimeout(limit_s)
+    for _ in awaited:
+        try:
+            connection, _ = listener.accept()
+            connection.settimeout(limit_s)
+            word = connection.recv(4, socket.MSG_WAITALL)
+        except OSError:
+            return False
+        peer = struct.unpack("i", word)[0] if len(word) == 4 else -1
+        if peer not in awaited or peer in connected or not _roomy(connection):
+            connection.close()
+            return False
+        connected[peer] = connection
+    return True
+
+
+def _roomy(connection: socket.socket) -> bool:
+    """Whether it holds the largest message; administrators can lower what a socket may hold."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MOST_BYTES)
+    return connection.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) >= 2 * MOST_BYTES
 
 
 def _told(

@@ -83,6 +83,15 @@ class WordSwap:
     def _by_node(
         self, message_PW: np.ndarray, channel: NodeChannel, patience: Patience
     ) -> np.ndarray:
+        try:
+            return self._swapped(message_PW, channel, patience)
+        except BaseException:
+            channel.close()  # the ranks of the node that wait for this one hear of it
+            raise
+
+    def _swapped(
+        self, message_PW: np.ndarray, channel: NodeChannel, patience: Patience
+    ) -> np.ndarray:
         answer_PW = np.empty_like(message_PW)
         answer_PW[self._rank] = message_PW[self._rank]
         peers = [peer for peer in self._near if peer != self._rank]

@@ -11,7 +11,7 @@ from tamoe.solver import Workload
 from tamoe.solver.choice import choose_exchange
 from tamoe.solver.constants import FILE_KEY, Constants, read_constants, with_constants
 from tamoe.solver.exchange_cost import EXCHANGES, WAYS, Rows, part_shares, predict, rows_of_group
-from tamoe.solver.flows import Step, fair_rates, run_steps, run_steps_together
+from tamoe.solver.flows import SOCKET_BYTES, Step, fair_rates, run_steps, run_steps_together
 from tamoe.topology import ClusterSpec, InputError, Topology
 
 TREES = ["2x1", "2x2", "4x2", [3, 1], [[2, 1], [2]], [[1, 2], [3, 1]]]
@@ -78,8 +78,8 @@ def test_rounds_lie_between_the_bound_and_rounds_that_wait_for_all(shape, seed):
     node_of, num_nodes = np.array(topology.node_of), len(topology.nodes)
     apart_pp = (node_of[None, :] - node_of[:, None]) % num_nodes
     waiting_s = sum(bound_s(topology, rows.hops_pp[0] * (apart_pp == r)) for r in range(num_nodes))
-    # Not waiting costs a little where a later round takes bandwidth from an earlier one.
-    assert bound_s(topology, rows.hops_pp[0]) * 0.99 <= time_s <= waiting_s * 1.25 + 1e-9
+    # Not waiting costs where a later round takes bandwidth from an earlier one.
+    assert bound_s(topology, rows.hops_pp[0]) * 0.98 <= time_s <= waiting_s * 1.4 + 1e-9
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -95,7 +95,8 @@ def test_hierarchical_moves_its_hops_whole_and_pipelines_them(shape, way):
         predict(topology, "hierarchical", way, [given], Constants()).time_s
         for given in (whole, apart)
     ]
-    assert least_s * 0.98 <= times[1] <= times[0] * 1.001
+    # A later part may take bandwidth from an earlier one.
+    assert least_s * 0.98 <= times[1] <= times[0] * 1.02
     busy = predict(topology, "hierarchical", way, [apart], Constants()).busy_s
     uplink_s = {
         (link.source, link.target): load / link.bandwidth_bytes_per_s
@@ -181,13 +182,48 @@ def test_constants_add_up():
     topology = tree("2x1")
     rows = [Rows((0, 1), [np.array([[0.0, 1e6], [0.0, 0.0]])])]
     constants = Constants(start_s=1.0, message_s=0.25, work_s_per_byte=1e-6, at_once=1)
-    # Packing and arranging: half the work of 2 ranks on one core, each; the message has two ends.
+    # Packing and arranging: half the work of 2 ranks on one core, each; the message has two ends,
+    # and its rows are under way meanwhile.
     predicted = predict(topology, "flat single", "dispatch", rows, constants)
-    assert predicted.time_s == pytest.approx(1.0 + 0.5 + 2 * 1.0 + 0.1)
+    assert predicted.time_s == pytest.approx(1.0 + 0.5 + 2 * 1.0)
     own = predict(
         topology, "flat single", "dispatch", rows, dataclasses.replace(constants, at_once=None)
     )
-    assert own.time_s == pytest.approx(1.0 + 0.25 + 2 * 0.5 + 0.1)
+    assert own.time_s == pytest.approx(1.0 + 0.25 + 2 * 0.5)
+    cheap = dataclasses.replace(constants, message_s=0.01)
+    hidden = predict(topology, "flat single", "dispatch", rows, cheap)
+    assert hidden.time_s == pytest.approx(1.0 + 0.1 + 2 * 1.0)
+    tokens = dataclasses.replace(cheap, work_s_per_token_byte=1e-6)
+    with_tokens = dataclasses.replace(rows[0], token_bytes_p=[4e5, 0.0])
+    counted = predict(topology, "flat single", "dispatch", [with_tokens], tokens)
+    assert counted.time_s == pytest.approx(hidden.time_s + 0.4)
+
+
+def test_positions_and_weights_are_messages_of_a_dispatch():
+    topology = tree("3x1")
+    near_pp = np.zeros((3, 3))
+    hop_pp = np.array([[0.0, 1.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    rows = Rows((0, 1, 2), [hop_pp, near_pp], [1.0, 0.0, 0.0], told=True)
+    constants = Constants(message_s=1.0, at_once=1)
+    # One row: two ends of its message, two of its position, two for each of two other ranks.
+    told = predict(topology, "hierarchical", "dispatch", [rows], constants)
+    assert told.time_s == pytest.approx(2 + 2 + 4, rel=1e-6)
+    back = predict(
+        topology, "hierarchical", "combine", [dataclasses.replace(rows, told=False)], constants
+    )
+    assert back.time_s == pytest.approx(2, rel=1e-6)
+
+
+@pytest.mark.parametrize("sockets", [0.5, 4])
+def test_a_sender_goes_on_once_the_rest_is_in_the_socket(sockets):
+    topology = ClusterSpec.parse("3x1:4gbit;node1=8mbit").topology()
+    slow = topology.links[topology.route(0, 1)[-2]]
+    size = sockets * SOCKET_BYTES
+    left = max(size - SOCKET_BYTES - slow.burst_bytes, 0)
+    to_slow, to_fast = Step(((0, 1, size),)), Step(((0, 2, size),))
+    line = run_steps(topology, [[to_slow, to_fast], [to_slow], [Step(), to_fast, Step(work_s=10)]])
+    # Rank 2 works for 10 s once it has its rows.
+    assert line.time_s == pytest.approx(10 + left / slow.bandwidth_bytes_per_s, abs=0.05)
 
 
 def test_constants_travel_with_the_topologys_file(tmp_path):
