@@ -66,6 +66,8 @@ class NodeChannel:
         try:
             with patience.trying(self.socket_of, where):
                 for connection in self.socket_of.values():
+                    if connection.fileno() < 0:
+                        raise ConnectionError("it is closed, as a message failed before")
                     connection.settimeout(limit_s)
                 for peer, message in tell.items():
                     self._send(peer, message)
