@@ -108,9 +108,10 @@ def measure(
     cases
         What to exchange.
     repetitions
-        Timed runs of each exchange, in turns, after one that is not.
+        Timed runs of each exchange, after one that is not. All cases run once, then all again: a
+        machine that is slower for a while slows a run or two of each.
     progress
-        Called with the number of cases done.
+        Called with the share of the runs that is done, in cases.
 
     Returns
     -------
@@ -121,43 +122,66 @@ def measure(
     number = next(i for i, members in enumerate(groups) if rank in members)
     members, group = groups[number], handles[number]
     local = topology.subset(members)
-    exchanges = {
+    on_gpu = group is not None and not works_by_gloo(group)
+    device = torch.device("cuda" if on_gpu else "cpu")
+    finish = torch.cuda.synchronize if on_gpu else lambda: None
+    moved, timed = [], []
+    for seed, case in enumerate(cases):
+        index_TK = routing(case, members.index(rank), 1000 * seed + rank)
+        moved.append(_moved(topology, local, members, case, index_TK))
+        timed.append(_Timed(case, index_TK.to(device), _exchanges(local, group)))
+    rounds = repetitions + 1  # the first connects pairs, and exchanges learn how many tokens come
+    for done, (_, one) in enumerate(itertools.product(range(rounds), timed), 1):
+        one.run(finish)
+        if progress is not None:
+            progress(-(-done // rounds))
+    measured: list[Measured] = []
+    for case, one, bytes_of in zip(cases, timed, moved, strict=True):
+        last = torch.tensor([one.seconds[name][1:] for name in EXCHANGES], device=device)
+        dist.all_reduce(last, dist.ReduceOp.MAX)
+        for exchange_number, kind in enumerate(EXCHANGES):
+            for way_number, way in enumerate(WAYS):
+                value = median(last[exchange_number, :, way_number].tolist())
+                measured.append(Measured(case.name, kind, way, value, bytes_of[kind, way]))
+    return measured
+
+
+def _exchanges(local: Topology, group: dist.ProcessGroup | None) -> dict[str, Exchange]:
+    return {
         "flat single": Exchange(local, group=group, kind="flat", schedule="single"),
         "flat rounds": Exchange(local, group=group, kind="flat", schedule="rounds"),
         "hierarchical": Exchange(local, group=group, kind="hierarchical"),
     }
-    on_gpu = group is not None and not works_by_gloo(group)
-    device = torch.device("cuda" if on_gpu else "cpu")
-    finish = torch.cuda.synchronize if on_gpu else lambda: None
-    measured: list[Measured] = []
-    for done, case in enumerate(cases):
-        place = members.index(rank)
-        index_TK = routing(case, place, 1000 * done + rank)
-        moved = _moved(topology, local, members, case, index_TK)
-        x_TD = torch.randn(len(index_TK), case.hidden_size, device=device)
-        weight_TK, index_TK = torch.rand(index_TK.shape, device=device), index_TK.to(device)
-        num_experts = case.weight_pN.shape[1]
-        seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in exchanges}
-        for name, exchange in itertools.chain(*[exchanges.items()] * (repetitions + 1)):
+
+
+class _Timed:
+    """One case: its tokens, exchanges of its own, and their seconds so far.
+
+    Exchanges cut tokens into parts after the dispatch before, so cases do not share them.
+    """
+
+    def __init__(self, case: Case, index_TK: torch.Tensor, exchanges: dict[str, Exchange]) -> None:
+        self._exchanges, self._index_TK = exchanges, index_TK
+        self._num_experts = case.weight_pN.shape[1]
+        self._x_TD = torch.randn(len(index_TK), case.hidden_size, device=index_TK.device)
+        self._weight_TK = torch.rand(index_TK.shape, device=index_TK.device)
+        self.seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in exchanges}
+
+    def run(self, finish: Callable[[], None]) -> None:
+        """Time every exchange once."""
+        for name, exchange in self._exchanges.items():
             dist.barrier()
             began_s = time.perf_counter()
-            row_RD, handle = exchange.dispatch(x_TD, index_TK, weight_TK, num_experts=num_experts)
+            row_RD, handle = exchange.dispatch(
+                self._x_TD, self._index_TK, self._weight_TK, num_experts=self._num_experts
+            )
             finish()
             dispatch_s = time.perf_counter() - began_s
             dist.barrier()
             began_s = time.perf_counter()
             exchange.combine(row_RD, handle)
             finish()
-            seconds[name].append((dispatch_s, time.perf_counter() - began_s))
-        last = torch.tensor([seconds[name][1:] for name in exchanges], device=device)
-        dist.all_reduce(last, dist.ReduceOp.MAX)
-        for exchange_number, kind in enumerate(EXCHANGES):
-            for way_number, way in enumerate(WAYS):
-                value = median(last[exchange_number, :, way_number].tolist())
-                measured.append(Measured(case.name, kind, way, value, moved[kind, way]))
-        if progress is not None:
-            progress(done + 1)
-    return measured
+            self.seconds[name].append((dispatch_s, time.perf_counter() - began_s))
 
 
 def _moved(
