@@ -52,7 +52,9 @@ def calibration_cases(topology: Topology) -> list[Case]:
     groups = (tuple(range(topology.num_ranks)),)
     sized = itertools.product(CALIBRATION, CALIBRATED_ON)
     cases = [make_case(topology, groups, name, *on, seed=1) for name, on in sized]
-    return [make_case(topology, groups, "even", 0.001, 1, seed=1), *cases]
+    # Next to nothing, and so much that the links alone decide.
+    ends = [make_case(topology, groups, "even", *on, seed=1) for on in ((0.001, 1), (0.5, 2))]
+    return [*ends, *cases]
 
 
 def calibrate(
