@@ -28,7 +28,6 @@ from tamoe.handle import sort_keys
 from tamoe.placement import contiguous
 from tamoe.record import Phase, record_exchanges
 from tamoe.schedules import Mover
-from tamoe.shares import count_keys
 from tamoe.solver.relays import sum_groups
 from tamoe.topology.errors import RankError
 from tamoe.topology.graph import Topology
@@ -166,7 +165,8 @@ def _run_mpi(load: Load, mover: MpiMover) -> Callable[[Clock], torch.Tensor]:
     def run(clock: Clock) -> torch.Tensor:
         with record_exchanges() as record:
             key, _ = sort_keys(load.index_TK, contiguous(load.num_experts, load.topology.num_ranks))
-            sent_PE = count_keys(key, load.num_experts).view(-1, load.experts_per_rank)
+            count_N = torch.bincount(key, minlength=load.num_experts + 1)[:-1]
+            sent_PE = count_N.view(-1, load.experts_per_rank)
             received_PE = torch.empty_like(sent_PE)
             mover.comm.Alltoall(sent_PE.numpy(), received_PE.numpy())
             choice_n = torch.argsort(key, stable=True)

@@ -20,14 +20,7 @@ from tamoe.ops import build_index
 from tamoe.placement import Placement, contiguous, experts_problem, resolve_placement
 from tamoe.record import note_counts, timed
 from tamoe.schedules import Mover, Schedule
-from tamoe.shares import (
-    added,
-    count_keys,
-    counts_of_parts,
-    cut_tokens,
-    make_shares,
-    sort_choices,
-)
+from tamoe.shares import added, counts_of_parts, cut_tokens, make_shares, sort_choices
 from tamoe.solver.exchange_cost import MOST_PARTS, num_parts
 from tamoe.solver.relays import make_relays, sum_groups
 from tamoe.summation import count_sums
@@ -377,7 +370,7 @@ class Exchange:
         dealt_key = deal_locally(asked.key, num_slots, num_local).view(-1, header.top_k)
         built = build_index(dealt_key, num_local)
         sums_L = count_sums(dealt_key, num_local, 1, ())
-        counts = count_keys(asked.key, num_slots).view(1, -1)
+        counts = build_index(asked.key.view(-1, header.top_k), num_slots).count_N.view(1, -1)
         [sent], _, num_sums = self._counts(asked, counts, sums_L)
         share, extra = divmod(sum(sent), num_local)
         dealt_PE = [[share + (expert < extra) for expert in range(num_local)]]

@@ -10,9 +10,10 @@ import os
 import socket
 import struct
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,6 +25,7 @@ from tamoe.waiting import Patience
 # Of a message. All ranks send theirs before they read, so a socket has to hold one, or the ranks
 # of a node would wait for each other.
 MOST_BYTES = 2**17
+T = TypeVar("T")
 _FOLDER = "/dev/shm"  # of sockets that exist until all ranks have connected
 _NAME_BYTES = 64
 _MOST_TIMEOUT_S = 1e6  # sockets count in milliseconds of 32 bits
@@ -97,9 +99,10 @@ class NodeChannel:
 
 
 def _connect(
-    group: dist.ProcessGroup, rank: int, peers: Sequence[int], patience: Patience
+    group: dist.ProcessGroup, rank: int, near: Sequence[int], patience: Patience
 ) -> NodeChannel | None:
-    """Connections to the peers, or None on all of them where one cannot reach another."""
+    """Connections between the ranks of a node, or None on all where one cannot reach another."""
+    peers = [peer for peer in near if peer != rank]
     where, timeout_s = "sockets of the node", group_timeout_s(group)
     limit_s = min(patience.timeout_s or timeout_s, _MOST_TIMEOUT_S)
     channel = NodeChannel({}, timeout_s)
@@ -209,8 +212,29 @@ def _told(
     return {peer: bytes(message.tolist()) for peer, message in heard.items()}
 
 
-_connected: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], NodeChannel | None]]
-_connected = WeakKeyDictionary()
+class OncePerNode(Generic[T]):
+    """What the ranks of a node make together once, for every exchange of their group.
+
+    All of them ask for the first time at the same point.
+    """
+
+    def __init__(
+        self, make: Callable[[dist.ProcessGroup, int, Sequence[int], Patience], T]
+    ) -> None:
+        self._make = make
+        self.made: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], T]]
+        self.made = WeakKeyDictionary()
+
+    def __call__(
+        self, group: dist.ProcessGroup, rank: int, near: Sequence[int], patience: Patience
+    ) -> T:
+        by_node = self.made.setdefault(group, {})
+        if tuple(near) not in by_node:
+            by_node[tuple(near)] = self._make(group, rank, near, patience)
+        return by_node[tuple(near)]
+
+
+_channel_once = OncePerNode(_connect)
 
 
 def node_channel(
@@ -236,8 +260,4 @@ def node_channel(
     NodeChannel or None
         None on all ranks of the node where one cannot reach another.
     """
-    by_node = _connected.setdefault(group, {})
-    if tuple(near) not in by_node:
-        peers = [peer for peer in near if peer != rank]
-        by_node[tuple(near)] = _connect(group, rank, peers, patience)
-    return by_node[tuple(near)]
+    return _channel_once(group, rank, near, patience)

@@ -14,12 +14,12 @@ import struct
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 import torch
 import torch.distributed as dist
 
-from tamoe.node_channel import NodeChannel, node_channel
+from tamoe.node_channel import NodeChannel, OncePerNode, node_channel
 from tamoe.waiting import Patience
 
 _FOLDER = "/dev/shm"
@@ -229,8 +229,7 @@ def _mapped(file: int, size: int) -> torch.Tensor:
     return torch.frombuffer(mmap.mmap(file, size), dtype=torch.uint8)
 
 
-_connected: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], NodeMemory | None]]
-_connected = WeakKeyDictionary()
+_memory_once = OncePerNode(NodeMemory.connect)
 
 
 def node_memory(
@@ -240,13 +239,10 @@ def node_memory(
 
     The first call connects, so all ranks of the node make it at the same point.
     """
-    by_node = _connected.setdefault(group, {})
-    if tuple(near) not in by_node:
-        by_node[tuple(near)] = NodeMemory.connect(group, rank, near, patience)
-    return by_node[tuple(near)]
+    return _memory_once(group, rank, near, patience)
 
 
 def outbox_bytes(group: dist.ProcessGroup | None) -> int:
     """Shared memory that this rank keeps for exchanges of a group; that of its peers is theirs."""
-    by_node = _connected.get(group, {}) if group is not None else {}
+    by_node = _memory_once.made.get(group, {}) if group is not None else {}
     return sum(memory.num_bytes for memory in by_node.values() if memory is not None)

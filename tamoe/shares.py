@@ -246,9 +246,3 @@ def counts_for_ranks(own_P: Sequence[Told], relays: Relays) -> list[Sequence[int
         for rank, counts_E in zip(ranks, own_P[ranks[0]].choices_pE, strict=True):
             counts_PE[rank] = counts_E
     return counts_PE
-
-
-def count_keys(key: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """Choices of each expert, ``[N]`` int64; integer sums, so any order gives the same."""
-    count = torch.zeros(num_experts + 1, dtype=torch.int64, device=key.device)
-    return count.scatter_add_(0, key, torch.ones_like(key))[:num_experts]
