@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from tamoe.solver import Workload
+from tamoe.solver import Workload, flows
 from tamoe.solver.choice import choose_exchange
 from tamoe.solver.constants import FILE_KEY, Constants, read_constants, with_constants
 from tamoe.solver.exchange_cost import EXCHANGES, WAYS, Rows, part_shares, predict, rows_of_group
@@ -74,17 +74,26 @@ def test_one_step_takes_what_its_most_loaded_link_needs(shape, seed):
 def test_rounds_lie_between_the_bound_and_rounds_that_wait_for_all(shape, seed):
     topology = tree(shape)
     rows = Rows(everything(topology), [random_bytes(topology, seed)])
-    time_s = predict(topology, "flat rounds", "dispatch", [rows], Constants()).time_s
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flows, "SOCKET_BYTES", 0.0)  # senders wait for their rows, too
+        time_s = predict(topology, "flat rounds", "dispatch", [rows], Constants()).time_s
+    ahead_s = predict(topology, "flat rounds", "dispatch", [rows], Constants()).time_s
     node_of, num_nodes = np.array(topology.node_of), len(topology.nodes)
     apart_pp = (node_of[None, :] - node_of[:, None]) % num_nodes
     waiting_s = sum(bound_s(topology, rows.hops_pp[0] * (apart_pp == r)) for r in range(num_nodes))
-    # Not waiting costs where a later round takes bandwidth from an earlier one.
-    assert bound_s(topology, rows.hops_pp[0]) * 0.98 <= time_s <= waiting_s * 1.4 + 1e-9
+    # Not waiting costs a little where a later round takes bandwidth from an earlier one.
+    assert bound_s(topology, rows.hops_pp[0]) * 0.99 <= time_s <= waiting_s * 1.25 + 1e-9
+    # More so for senders that go on while their rows are still in the socket.
+    assert bound_s(topology, rows.hops_pp[0]) * 0.98 <= ahead_s <= waiting_s * 1.4 + 1e-9
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("shape", TREES[:4], ids=str)
-def test_hierarchical_moves_its_hops_whole_and_pipelines_them(shape, way):
+@pytest.mark.parametrize(("socket_bytes", "slack"), [(0.0, 1.001), (SOCKET_BYTES, 1.02)])
+def test_hierarchical_moves_its_hops_whole_and_pipelines_them(
+    shape, way, socket_bytes, slack, monkeypatch
+):
+    monkeypatch.setattr(flows, "SOCKET_BYTES", socket_bytes)
     topology = tree(shape)
     rows = random_rows(topology, 1)["hierarchical", way]
     hops_pp = rows.hops_pp if way == "dispatch" else [hop_pp.T for hop_pp in rows.hops_pp]
@@ -95,8 +104,8 @@ def test_hierarchical_moves_its_hops_whole_and_pipelines_them(shape, way):
         predict(topology, "hierarchical", way, [given], Constants()).time_s
         for given in (whole, apart)
     ]
-    # A later part may take bandwidth from an earlier one.
-    assert least_s * 0.98 <= times[1] <= times[0] * 1.02
+    # Senders that go on early let a later part take bandwidth from an earlier one.
+    assert least_s * 0.98 <= times[1] <= times[0] * slack
     busy = predict(topology, "hierarchical", way, [apart], Constants()).busy_s
     uplink_s = {
         (link.source, link.target): load / link.bandwidth_bytes_per_s
