@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import random
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tamoe.calibration import Measured, fit, measure
+from tamoe.calibration import measure
 from tamoe.cases import Case, Groups
-from tamoe.progress import progress_line
+from tamoe.progress import Count, progress_line
 from tamoe.solver.constants import Constants
 from tamoe.solver.exchange_cost import EXCHANGES, WAYS
+from tamoe.solver.exchange_fit import Measured, fit
 from tamoe.topology.graph import Topology
-from tamoe.topology.ranks import run_ranks
+from tamoe.topology.ranks import run_ranks_with_report
 
 LEAST_S = 5e-3  # below, emulated times are not scored
 NEAR = 0.05  # of the fastest, for a good choice
@@ -28,13 +28,14 @@ def measure_cases(
     groups: Groups,
     cases: Sequence[Case],
     repetitions: int,
-) -> list[Measured]:
-    """Time every exchange in every case on an emulated cluster; progress is the task's."""
+) -> tuple[list[Measured], int]:
+    """Times of every exchange in every case on an emulated cluster, and packets that it dropped."""
     print(f"{spec}: {len(cases)} routings", flush=True)
-    found: list[Measured] = run_ranks(
+    run = run_ranks_with_report(
         spec, _rank, task, topology, groups, cases, repetitions, timeout_s=_TIMEOUT_S
-    )[0]
-    return found
+    )
+    assert run.network is not None
+    return run.results[0], run.network.dropped_packets
 
 
 def calibrate_and_measure(
@@ -45,19 +46,19 @@ def calibrate_and_measure(
     fitted: Sequence[Case],
     cases: Sequence[Case],
     repetitions: int,
-) -> tuple[Mapping[tuple[str, str], Constants], list[Measured]]:
-    """Constants, fitted on some cases alone, and the times of the others, all from one run."""
+) -> tuple[Mapping[tuple[str, str], Constants], list[Measured], int]:
+    """Constants, fitted on some cases alone, times of the others, dropped packets: of one run."""
     given = [*fitted, *cases]
     # Mixed, so that a machine that is slower for a while is so for both.
     order = random.Random(0).sample(range(len(given)), len(given))
     mixed = [given[number] for number in order]
-    measured = measure_cases(spec, task, topology, groups, mixed, repetitions)
+    measured, dropped = measure_cases(spec, task, topology, groups, mixed, repetitions)
     each = len(EXCHANGES) * len(WAYS)
     of_case = {number: measured[i * each : (i + 1) * each] for i, number in enumerate(order)}
     in_order = [one for number in range(len(given)) for one in of_case[number]]
     split = len(fitted) * each
     print(f"{spec}: fitting constants to {split} times", flush=True)
-    return fit(topology, in_order[:split], os.cpu_count()), in_order[split:]
+    return fit(topology, in_order[:split], os.cpu_count()), in_order[split:], dropped
 
 
 def _rank(
@@ -68,13 +69,9 @@ def _rank(
     cases: Sequence[Case],
     repetitions: int,
 ) -> list[Measured] | None:
-    show, began_s = progress_line(task), time.monotonic()
-
-    def progress(done: int) -> None:
-        left_s = (time.monotonic() - began_s) / done * (len(cases) - done)
-        show("routings", done, len(cases), left_s)
-
-    measured = measure(rank, topology, groups, cases, repetitions, progress if not rank else None)
+    show = progress_line(task) if rank == 0 else None
+    count = Count(show, "routings", len(cases) * (repetitions + 1))
+    measured = measure(rank, topology, groups, cases, repetitions, count)
     return measured if rank == 0 else None
 
 

@@ -17,7 +17,6 @@ measured. Settings whose fastest exchange takes less than 5 ms are left out.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from tamoe.calibration import Measured, calibration_cases
+from tamoe.calibration import calibration_cases
 from tamoe.cases import EXPERTS_PER_RANK, HIDDEN_SIZE, Case
 from tamoe.experiments.calibrated import (
     LEAST_S,
@@ -35,11 +34,12 @@ from tamoe.experiments.calibrated import (
     judge_choices,
 )
 from tamoe.experiments.crossover_figure import save_figure
-from tamoe.progress import progress_line
+from tamoe.progress import Count, progress_line
 from tamoe.solver import Workload
 from tamoe.solver.choice import choose_exchange
 from tamoe.solver.constants import FILE_KEY, with_constants
 from tamoe.solver.exchange_cost import EXCHANGES
+from tamoe.solver.exchange_fit import Measured
 from tamoe.topology.documents import check_writable, write_document
 from tamoe.topology.errors import StoppedError, TamoeError
 from tamoe.topology.graph import Topology
@@ -103,7 +103,7 @@ def measure_cluster(spec: str, grid: Grid, repetitions: int) -> tuple[Topology, 
     cases = [even_case(topology, t, k) for k in grid.measured_top_k for t in grid.measured_tokens]
     # Local routings take two thirds of the fit's time on 16 ranks, and no routing here is local.
     fitted = [case for case in calibration_cases(topology) if not case.name.startswith("local")]
-    constants, measured = calibrate_and_measure(
+    constants, measured, _ = calibrate_and_measure(
         spec, "crossover", topology, groups, fitted, cases, repetitions
     )
     topology = with_constants(topology, constants)
@@ -118,16 +118,15 @@ def measure_cluster(spec: str, grid: Grid, repetitions: int) -> tuple[Topology, 
 
 def simulated_rows(topology: Topology, grid: Grid) -> list[Row]:
     """What the model says for even routing over the grid."""
-    show, began_s = progress_line("crossover"), time.monotonic()
     settings = [(tokens, top_k) for top_k in grid.top_k for tokens in grid.tokens]
+    count = Count(progress_line("crossover"), "simulated", len(settings))
     rows = []
-    for done, (tokens, top_k) in enumerate(settings, 1):
+    for tokens, top_k in settings:
         workload = Workload(tokens, top_k, HIDDEN_SIZE, ELEMENT_BYTES, EXPERTS_PER_RANK)
         shape = topology.num_ranks, workload.num_experts(topology.num_ranks)
         target_PN = np.full(shape, workload.even_tokens(topology.num_ranks))
         rows.append(row(tokens, top_k, choose_exchange(topology, workload, target_PN).seconds))
-        left_s = (time.monotonic() - began_s) / done * (len(settings) - done)
-        show("simulated", done, len(settings), left_s)
+        count()
     return rows
 
 

@@ -27,8 +27,9 @@ class Constants:
         Seconds of a rank for each byte that it sends or gets, in whichever way.
     work_s_per_token_byte
         Seconds of a rank for each byte of its own tokens, whatever becomes of them.
-    duplex_share
-        Share of a link's bandwidth that it reaches while both directions are busy, > 0 to 1.
+    crossing_share
+        Share of its rate, > 0 to 1, that a flow keeps which goes through two of the busiest links
+        among different flows, as of :func:`tamoe.solver.flows.run_steps`.
     at_once
         Ranks of the cluster that work at the same time without slowing each other; None: all.
     """
@@ -37,7 +38,7 @@ class Constants:
     message_s: float = 0.0
     work_s_per_byte: float = 0.0
     work_s_per_token_byte: float = 0.0
-    duplex_share: float = 1.0
+    crossing_share: float = 1.0
     at_once: int | None = None
 
 

@@ -202,8 +202,10 @@ def predict(
         in_rounds = exchange != "flat single"
         for place, steps in enumerate(plan(local, rows, way, work, in_rounds)):
             steps_P[rows.ranks[place]] = steps
-    simulate = run_steps if topology.num_ranks <= MOST_RANKS else run_steps_together
-    line = simulate(topology, steps_P, duplex_share=constants.duplex_share)
+    if topology.num_ranks <= MOST_RANKS:
+        line = run_steps(topology, steps_P, crossing_share=constants.crossing_share)
+    else:
+        line = run_steps_together(topology, steps_P)
     busy = zip(topology.links, line.busy_L.tolist(), strict=True)
     return Prediction(
         constants.start_s + line.time_s,

@@ -21,6 +21,7 @@ from tamoe.topology.graph import Topology
 # Flows within this share of their end finish together: fewer events, and an error below it.
 TOGETHER = 0.005
 FREE_BYTES_PER_S = 1e15
+NEARLY = 0.85  # links with this share of what is left on the busiest one hold transfers up as well
 # Linux lets a socket grow to megabytes. Without it, one-hot combines in rounds on three nodes were
 # predicted 23 % too long, with it 8 % (emulated); 4 MiB in its place changes nothing.
 SOCKET_BYTES = 2.0**20
@@ -44,7 +45,7 @@ class Timeline:
 
 
 def run_steps(
-    topology: Topology, steps_P: Sequence[Sequence[Step]], *, duplex_share: float = 1.0
+    topology: Topology, steps_P: Sequence[Sequence[Step]], *, crossing_share: float = 1.0
 ) -> Timeline:
     """Simulate steps of all ranks.
 
@@ -55,9 +56,9 @@ def run_steps(
     steps_P
         Steps of each rank. A flow belongs to the steps of equal number at its two ends, is given
         at either end or at both, and has to differ from others of its step in source or target.
-    duplex_share
-        Share of a link's bandwidth, > 0 to 1, that transfers reach while the opposite direction is
-        busy: acknowledgements then wait behind data.
+    crossing_share
+        Share of its rate, > 0 to 1, that a flow keeps which goes through two of the busiest links
+        among different flows: neither link always has its packets when the other has room.
 
     Examples
     --------
@@ -69,7 +70,6 @@ def run_steps(
     num_ranks = len(steps_P)
     bandwidth_L = np.array([link.bandwidth_bytes_per_s for link in topology.links])
     burst_L = np.array([link.burst_bytes for link in topology.links], dtype=float)
-    opposite_L = _opposites(topology)
     ends, step_F, left_F = _flows(steps_P)
     size_F = left_F.copy()
     incidence_FL = np.zeros((len(ends), len(bandwidth_L)))
@@ -86,22 +86,25 @@ def run_steps(
         if (step_P >= last_P).all():
             return Timeline(float(now_s), busy_L)
         active_F = (left_F > 0) & (step_P[source_F] >= step_F) & (step_P[target_F] >= step_F)
-        used_L = active_F @ incidence_FL > 0
-        both_L = used_L & np.where(opposite_L >= 0, used_L[opposite_L], False)
-        reached_L = np.where(both_L, bandwidth_L * duplex_share, bandwidth_L)
-        capacity_L = np.where(credit_L > 0, FREE_BYTES_PER_S, reached_L)
+        capacity_L = np.where(credit_L > 0, FREE_BYTES_PER_S, bandwidth_L)
         rate_F = np.zeros(len(left_F))
-        rate_F[active_F] = fair_rates(incidence_FL[active_F], capacity_L, size_F[active_F])
+        rate_F[active_F] = fair_rates(
+            incidence_FL[active_F], capacity_L, size_F[active_F], together=TOGETHER
+        )
         load_L = rate_F @ incidence_FL
+        left_L = left_F[active_F] @ incidence_FL[active_F]
+        rate_F[active_F] *= _crossing(incidence_FL[active_F], left_L / bandwidth_L, crossing_share)
         waits = work_until_P[(step_P < last_P) & (work_until_P > now_s)] - now_s
         unsent_F = np.where(left_F > SOCKET_BYTES, left_F - SOCKET_BYTES, left_F)
         ends_s = unsent_F[active_F] / rate_F[active_F]
-        over_L = (load_L > reached_L) & (credit_L > 0)
-        empties_s = credit_L[over_L] / (load_L - reached_L)[over_L]
+        over_L = (load_L > (1 + 2 * TOGETHER) * bandwidth_L) & (credit_L > 0)
+        empties_s = credit_L[over_L] / (load_L - bandwidth_L)[over_L]
         step_s = min([*waits, *ends_s, *empties_s], default=np.inf)
         assert np.isfinite(step_s), "flows whose ends are never in the same step"
         busy_L += step_s * (load_L > 0)
-        credit_L = np.clip(credit_L + step_s * (reached_L - load_L), 0.0, burst_L)
+        spare_L = bandwidth_L - load_L
+        spare_L[np.abs(spare_L) <= 2 * TOGETHER * bandwidth_L] = 0.0  # full, whatever rounding says
+        credit_L = np.clip(credit_L + step_s * spare_L, 0.0, burst_L)
         credit_L[credit_L < 1e-6 * burst_L] = 0.0
         now_s += step_s
         left_F -= rate_F * step_s
@@ -110,9 +113,7 @@ def run_steps(
         left_F[sent_F] = np.minimum(left_F[sent_F], SOCKET_BYTES)
 
 
-def run_steps_together(
-    topology: Topology, steps_P: Sequence[Sequence[Step]], *, duplex_share: float = 1.0
-) -> Timeline:
+def run_steps_together(topology: Topology, steps_P: Sequence[Sequence[Step]]) -> Timeline:
     """As :func:`run_steps`, where every step begins on all ranks at once and links are shared well.
 
     Takes little time on large clusters; steps that ranks would begin apart make it too long.
@@ -126,7 +127,6 @@ def run_steps_together(
     """
     bandwidth_L = np.array([link.bandwidth_bytes_per_s for link in topology.links])
     credit_L = np.array([link.burst_bytes for link in topology.links], dtype=float)
-    opposite_L = _opposites(topology)
     busy_L, time_s = np.zeros_like(bandwidth_L), 0.0
     for number in range(max(map(len, steps_P), default=0)):
         steps = [steps[number] for steps in steps_P if number < len(steps)]
@@ -134,9 +134,7 @@ def run_steps_together(
         for source, target, size in {flow for step in steps for flow in step.flows}:
             if source != target:
                 load_L[list(topology.route(source, target))] += size
-        both_L = (load_L > 0) & np.where(opposite_L >= 0, load_L[opposite_L] > 0, False)
-        reached_L = np.where(both_L, bandwidth_L * duplex_share, bandwidth_L)
-        each_L = np.maximum(load_L - credit_L, 0.0) / reached_L
+        each_L = np.maximum(load_L - credit_L, 0.0) / bandwidth_L
         credit_L = np.maximum(credit_L - load_L, 0.0)
         busy_L += each_L
         time_s += max(float(each_L.max(initial=0.0)), *(step.work_s for step in steps))
@@ -144,11 +142,16 @@ def run_steps_together(
 
 
 def fair_rates(
-    incidence_FL: np.ndarray, capacity_L: np.ndarray, weight_F: np.ndarray | None = None
+    incidence_FL: np.ndarray,
+    capacity_L: np.ndarray,
+    weight_F: np.ndarray | None = None,
+    *,
+    together: float = 0.0,
 ) -> np.ndarray:
     """Max-min fair rates of flows: no flow can have more without another having less.
 
-    With weights, shares of a link are in proportion to them.
+    With weights, shares of a link are in proportion to them. Links whose shares differ by less than
+    ``together`` of the least fill at the same time, which leaves as much of them unused.
 
     Examples
     --------
@@ -156,24 +159,29 @@ def fair_rates(
     [0.5, 0.5, 3.5]
     """
     rate_F = np.full(len(incidence_FL), FREE_BYTES_PER_S)
-    open_F = incidence_FL.any(axis=1)
-    left_L = capacity_L.astype(float).copy()
+    left_L = capacity_L.astype(float)
     weight_F = np.ones(len(incidence_FL)) if weight_F is None else weight_F
+    open_F = np.where(incidence_FL.any(axis=1), weight_F, 0.0)  # weights of flows without a rate
     while open_F.any():
-        weight_L = weight_F[open_F] @ incidence_FL[open_F]
-        share_L = np.where(weight_L > 0, left_L / np.where(weight_L > 0, weight_L, 1.0), np.inf)
-        link = int(share_L.argmin())
-        fixed_F = open_F & (incidence_FL[:, link] > 0)
-        rate_F[fixed_F] = np.maximum(share_L[link] * weight_F[fixed_F], 1e-9)
-        left_L = np.maximum(left_L - rate_F[fixed_F] @ incidence_FL[fixed_F], 0.0)
-        open_F &= ~fixed_F
+        weight_L = open_F @ incidence_FL
+        share_L = np.divide(left_L, weight_L, where=weight_L > 0, out=np.full_like(left_L, np.inf))
+        least = share_L.min()
+        full_L = share_L <= least * (1.0 + together)
+        fixed_F = (open_F > 0) & (incidence_FL @ full_L > 0)
+        rate_F[fixed_F] = np.maximum(least * weight_F[fixed_F], 1e-9)
+        open_F[fixed_F] = 0.0
+        left_L = np.maximum(left_L - np.where(fixed_F, rate_F, 0.0) @ incidence_FL, 0.0)
     return rate_F
 
 
-def _opposites(topology: Topology) -> np.ndarray:
-    """The link in the other direction of each, -1 where there is none."""
-    number = {(link.source, link.target): i for i, link in enumerate(topology.links)}
-    return np.array([number.get((link.target, link.source), -1) for link in topology.links])
+def _crossing(incidence_FL: np.ndarray, left_s_L: np.ndarray, share: float) -> np.ndarray:
+    """Factor of each flow's rate: ``share`` if two of the busiest links mix it with others."""
+    busiest_L = left_s_L > NEARLY * left_s_L.max(initial=0.0)
+    both_LL = incidence_FL.T @ incidence_FL  # flows on both links
+    mixed_LL = (both_LL < both_LL.diagonal()[:, None]) & busiest_L & busiest_L[:, None]
+    mixed_LL |= mixed_LL.T
+    crosses_F = ((incidence_FL @ mixed_LL) * incidence_FL).any(1)
+    return np.where(crosses_F, share, 1.0)
 
 
 def _flows(

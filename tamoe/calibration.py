@@ -1,8 +1,7 @@
-"""What the exchanges cost on a cluster beside the bytes on its links: measured, then fitted.
+"""What the exchanges cost on a cluster beside the bytes on its links: timed on a few routings.
 
 The cost model of :mod:`tamoe.solver.exchange_cost` has five constants for each way of each
-exchange. Here every exchange runs on a few routings, in turns, and the constants are those whose
-predictions are nearest to the medians.
+exchange, which :mod:`tamoe.solver.exchange_fit` fits to the medians.
 
 Shape suffixes: T tokens, K choices, P ranks, N experts, p ranks of a group, M nodes.
 """
@@ -12,8 +11,6 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -23,28 +20,18 @@ import torch.distributed as dist
 from tamoe.cases import Case, Groups, make_case, routing
 from tamoe.exchange import Exchange
 from tamoe.groups import works_by_gloo
+from tamoe.progress import Count, Progress
 from tamoe.relays import count_copies, plan_forwarding
-from tamoe.solver import exchange_cost
 from tamoe.solver.constants import Constants, with_constants
-from tamoe.solver.exchange_cost import EXCHANGES, WAYS, Rows, predict, rows_of_group
+from tamoe.solver.exchange_cost import EXCHANGES, WAYS, Rows, rows_of_group
+from tamoe.solver.exchange_fit import KEYS, MOST_STEPS, Measured, fit
 from tamoe.solver.relays import make_relays, sum_groups
 from tamoe.topology.graph import Topology
 
 # Seconds that the busiest link is to be busy, and experts of each token.
-CALIBRATED_ON = ((0.06, 8), (0.16, 2))
+CALIBRATED_ON = ((0.1, 8), (0.25, 2))
 CALIBRATION = ("even", "uneven", "local 8", "local 64", "one-hot")
 REPETITIONS = 9
-
-
-@dataclass(frozen=True, eq=False)
-class Measured:
-    """Median seconds of one way of one exchange in one case, and what it moved."""
-
-    case: str
-    exchange: exchange_cost.Exchange
-    way: exchange_cost.Way
-    seconds: float
-    groups: tuple[Rows, ...]
 
 
 def calibration_cases(topology: Topology) -> list[Case]:
@@ -62,7 +49,8 @@ def calibrate(
     topology: Topology,
     *,
     at_once: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    budget_s: float | None = None,
+    progress: Progress | None = None,
 ) -> Topology:
     """The topology with constants of every exchange, measured on it; every rank calls it.
 
@@ -72,8 +60,10 @@ def calibrate(
         This rank, and its cluster.
     at_once
         Ranks that can work at the same time: the cores of an emulated cluster; None: all.
+    budget_s
+        Seconds after which no exchange is repeated; each is timed at least once. None: no limit.
     progress
-        Called with the number of routings done and of all.
+        Called as ``progress(phase, done, total, seconds_left)``.
 
     Returns
     -------
@@ -82,13 +72,18 @@ def calibrate(
     """
     if len(topology.nodes) == 1:
         return topology
-    groups = (tuple(range(topology.num_ranks)),)
     cases = calibration_cases(topology)
-    show = None if progress is None else lambda done: progress(done, len(cases))
-    measured = measure(rank, topology, groups, cases, REPETITIONS, show)
-    found: list[Any] = [fit(topology, measured, at_once) if rank == 0 else None]
-    dist.broadcast_object_list(found)
-    return with_constants(topology, found[0])
+    everyone = (tuple(range(topology.num_ranks)),)
+    timed = Count(progress, "exchanges", len(cases) * (REPETITIONS + 1))
+    measured = measure(rank, topology, everyone, cases, REPETITIONS, timed, budget_s=budget_s)
+    timed.end()
+    mine = KEYS[rank :: topology.num_ranks]  # a fit takes seconds, so ranks share the work
+    fitting = Count(progress, "constants", len(mine) * MOST_STEPS)
+    constants = fit(topology, measured, at_once, mine, fitting)
+    fitting.end()
+    found: list[Mapping[tuple[str, str], Constants]] = [{}] * topology.num_ranks
+    dist.all_gather_object(found, constants)
+    return with_constants(topology, {key: part[key] for part in found for key in part})
 
 
 def measure(
@@ -97,7 +92,9 @@ def measure(
     groups: Groups,
     cases: Sequence[Case],
     repetitions: int,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[], None] | None = None,
+    *,
+    budget_s: float | None = None,
 ) -> list[Measured]:
     """Time every exchange in every case, all groups at once; every rank calls it.
 
@@ -113,7 +110,9 @@ def measure(
         Timed runs of each exchange, after one that is not. All cases run once, then all again: a
         machine that is slower for a while slows a run or two of each.
     progress
-        Called with the share of the runs that is done, in cases.
+        Called after each run of a case: ``repetitions + 1`` times for each case.
+    budget_s
+        Seconds after which cases do not run again; they run at least twice. None: no limit.
 
     Returns
     -------
@@ -132,20 +131,36 @@ def measure(
         index_TK = routing(case, members.index(rank), 1000 * seed + rank)
         moved.append(_moved(topology, local, members, case, index_TK))
         timed.append(_Timed(case, index_TK.to(device), _exchanges(local, group)))
-    rounds = repetitions + 1  # the first connects pairs, and exchanges learn how many tokens come
-    for done, (_, one) in enumerate(itertools.product(range(rounds), timed), 1):
-        one.run(finish)
-        if progress is not None:
-            progress(-(-done // rounds))
+    began_s = time.monotonic()
+    # The first run connects pairs, and exchanges learn how many tokens come.
+    for done in range(repetitions + 1):
+        if budget_s is not None and done > 1 and not _go_on(began_s + budget_s, device):
+            break
+        for one in timed:
+            one.run(finish)
+            if progress is not None:
+                progress()
     measured: list[Measured] = []
     for case, one, bytes_of in zip(cases, timed, moved, strict=True):
         last = torch.tensor([one.seconds[name][1:] for name in EXCHANGES], device=device)
         dist.all_reduce(last, dist.ReduceOp.MAX)
         for exchange_number, kind in enumerate(EXCHANGES):
             for way_number, way in enumerate(WAYS):
-                value = median(last[exchange_number, :, way_number].tolist())
-                measured.append(Measured(case.name, kind, way, value, bytes_of[kind, way]))
+                low_s, middle_s, high_s = np.percentile(
+                    last[exchange_number, :, way_number].cpu().numpy(), (25, 50, 75)
+                ).tolist()
+                spread = (high_s - low_s) / middle_s
+                measured.append(
+                    Measured(case.name, kind, way, middle_s, bytes_of[kind, way], spread)
+                )
     return measured
+
+
+def _go_on(until_s: float, device: torch.device) -> bool:
+    """Whether there is time left, by the clock of rank 0."""
+    left = torch.tensor([time.monotonic() < until_s], dtype=torch.int32, device=device)
+    dist.broadcast(left, 0)
+    return bool(left.item())
 
 
 def _exchanges(local: Topology, group: dist.ProcessGroup | None) -> dict[str, Exchange]:
@@ -218,65 +233,3 @@ def _moved(
         for key, value in rows.items():
             moved.setdefault(key, []).append(value)
     return {key: tuple(values) for key, values in moved.items()}
-
-
-def fit(
-    topology: Topology, measured: Sequence[Measured], at_once: int | None
-) -> Mapping[tuple[str, str], Constants]:
-    """Constants whose predictions are nearest to what was measured, in relative terms.
-
-    Parameters
-    ----------
-    topology
-        The cluster.
-    measured
-        From :func:`measure`; at least five cases.
-    at_once
-        Ranks that can work at the same time: the cores of an emulated cluster, None for a real
-        one, where ranks have cores of their own.
-    """
-    from scipy.optimize import least_squares
-
-    def from_fit(values: np.ndarray) -> Constants:
-        start_ms, message_ms, work_ns, token_ns, share = values.tolist()
-        return Constants(
-            start_ms / 1e3, message_ms / 1e3, work_ns / 1e9, token_ns / 1e9, share, at_once
-        )
-
-    fitted: dict[tuple[str, str], Constants] = {}
-    steps = np.diag([0.3, 0.01, 0.03, 0.05, -0.01])
-    for key in itertools.product(EXCHANGES, WAYS):
-        mine = [m for m in measured if (m.exchange, m.way) == key]
-
-        def error(values: np.ndarray, mine: Sequence[Measured] = mine) -> list[float]:
-            constants = from_fit(values)
-            return [
-                float(
-                    np.log(
-                        predict(topology, m.exchange, m.way, m.groups, constants).time_s / m.seconds
-                    )
-                )
-                for m in mine
-            ]
-
-        # Predictions have small steps, so differences over tiny distances would be noise.
-        def jacobian(values: np.ndarray, error: Any = error) -> np.ndarray:
-            here = np.array(error(values))
-            return np.stack([(error(values + step) - here) / step.sum() for step in steps], 1)
-
-        values = np.array([5.0, 0.1, 1.0, 1.0, 0.95])
-        for loss in ("linear", "soft_l1"):  # from a far start the first is faster
-            values = least_squares(
-                error,
-                values,
-                bounds=([0.0, 0.0, 0.0, 0.0, 0.5], [1e3, 1e3, 1e3, 1e3, 1.0]),
-                x_scale=[10.0, 0.2, 1.0, 1.0, 0.1],
-                jac=jacobian,
-                loss=loss,
-                f_scale=0.05,
-                ftol=1e-3,
-                xtol=1e-3,
-                max_nfev=10,
-            ).x
-        fitted[key] = from_fit(values)
-    return fitted

@@ -67,7 +67,7 @@ def make_case(
         weight_pN = np.tile(1.0 * (np.arange(num_experts) < top_k), (local.num_ranks, 1))
     elif name == "empty":
         weight_pN = np.zeros_like(weight_pN)
-    return sized(topology, groups, f"{name}, {link_s:g} s, top-{top_k}", weight_pN, link_s, top_k)
+    return sized(topology, groups, f"{name}, {link_s:.2g} s, top-{top_k}", weight_pN, link_s, top_k)
 
 
 def sized(

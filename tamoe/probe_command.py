@@ -234,17 +234,12 @@ def _probe_rank(
 ) -> Topology | None:
     from tamoe.topology.probing import probe
 
-    show = progress_line("probe")
+    show, began_s = progress_line("probe"), time.monotonic()
     topology = probe(budget_s=budget_s, progress=show, partial_path=partial)
     if exchange and topology.provenance.get("status", "complete") == "complete":
         from tamoe.calibration import calibrate
 
-        began_s = time.monotonic()
-
-        def progress(done: int, total: int) -> None:
-            if rank == 0:
-                left_s = (time.monotonic() - began_s) / done * (total - done)
-                show("exchanges", done, total, left_s)
-
-        topology = calibrate(rank, topology, at_once=at_once, progress=progress)
+        left_s = None if budget_s is None else began_s + budget_s - time.monotonic()
+        shown = show if rank == 0 else None
+        topology = calibrate(rank, topology, at_once=at_once, budget_s=left_s, progress=shown)
     return topology if rank == 0 else None

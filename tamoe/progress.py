@@ -30,3 +30,40 @@ def progress_line(task: str) -> Progress:
             print(line, file=sys.stderr, flush=True)
 
     return show
+
+
+class Count:
+    """Counts units of one phase as they are done, and shows how far it is with the time left.
+
+    Parameters
+    ----------
+    show
+        What shows it, as of :func:`progress_line`; None: nothing does.
+    phase, total
+        What is counted, and at most how many units.
+
+    Examples
+    --------
+    >>> shown = []
+    >>> count = Count(lambda *line: shown.append(line[:3]), "pages", 9)
+    >>> count(), count.end()  # a page was enough
+    (None, None)
+    >>> shown
+    [('pages', 1, 9), ('pages', 1, 1)]
+    """
+
+    def __init__(self, show: Progress | None, phase: str, total: int) -> None:
+        self._show, self._phase, self._total = show, phase, total
+        self._done, self._began_s = 0, time.monotonic()
+
+    def __call__(self) -> None:
+        """One more is done."""
+        self._done += 1
+        left_s = (time.monotonic() - self._began_s) / self._done * (self._total - self._done)
+        if self._show is not None:
+            self._show(self._phase, self._done, self._total, left_s)
+
+    def end(self) -> None:
+        """Finish the line; fewer may have been done than was thought."""
+        if self._show is not None and self._done < self._total:
+            self._show(self._phase, self._done, self._done, None)

@@ -1,6 +1,6 @@
 """How rows get from rank to rank: all at once, or in rounds of disjoint node pairs.
 
-Both move the same bytes and give the same result. ``single`` is one ``all_to_all_single``.
+Both move the same bytes and give the same result. ``single`` starts everything at once.
 ``rounds`` pairs every node with one node to send to and one to receive from at a time, so that no
 uplink is shared by flows to many nodes: on gloo that keeps slow uplinks fuller.
 """
@@ -300,7 +300,13 @@ class Transfer:
         self._incoming = self.received_RD.split(self._splits[1])
 
     def start_at_once(self) -> Waiting:
-        """Start everything as one uneven all-to-all; returns a function that waits for it."""
+        """Start everything; returns a function that waits for it.
+
+        It is one uneven all-to-all, but on gloo a message for each rank: gloo's own all-to-all came
+        to .62 to 1.0 of the bound at random, messages to .98 (emulated, 2x2 at 100 Mbit/s).
+        """
+        if works_by_gloo(self._group):
+            return self.start_singly()
         send_splits, receive_splits = self._splits
         rank, where = dist.get_rank(self._group), f"{self._what}, all ranks at once"
         peers = tuple(peer for peer in range(len(send_splits)) if peer != rank)
@@ -327,10 +333,7 @@ class Transfer:
         return self._start(self._rounds[number], where)
 
     def start_singly(self) -> Waiting:
-        """Start everything, one message for each rank that gets or sends some.
-
-        Cheaper on gloo than an all-to-all where few ranks do.
-        """
+        """Start everything, one message for each rank that gets or sends some."""
         self._keep()
         targets, sources = ([*chain.from_iterable(way)] for way in zip(*self._ways(), strict=True))
         return self._start(Round(tuple(targets), tuple(sources)), f"{self._what}, all ranks")

@@ -151,14 +151,19 @@ def test_a_bucket_fills_again_while_its_link_rests():
     )
 
 
-def test_both_directions_at_once_slow_each_other_by_the_duplex_share():
-    topology = tree("2x1")
-    there, back = (0, 1, 1e6), (1, 0, 1e6)
-    one, two = (
-        run_steps(topology, [[Step(flows)]] * 2, duplex_share=0.8).time_s
-        for flows in ((there,), (there, back))
-    )
-    assert (one, two) == pytest.approx((0.1, 0.125))
+def test_flows_that_two_of_the_busiest_links_mix_are_slower():
+    def time_s(shape, flows):
+        topology = tree(shape)
+        return run_steps(topology, [[Step(flows)]] * topology.num_ranks, crossing_share=0.8).time_s
+
+    def all_to_all(num_ranks):
+        return tuple((i, j, 1e6) for i, j in itertools.permutations(range(num_ranks), 2))
+
+    assert time_s("3x1", all_to_all(3)) == pytest.approx(0.2 / 0.8)
+    assert time_s("2x1", all_to_all(2)) == pytest.approx(0.1)  # a link up and the one down are one
+    assert time_s("3x1", ((0, 1, 1e6), (0, 2, 1e6))) == pytest.approx(0.2)  # one busy link
+    uneven = ((0, 1, 1e6), (0, 2, 1e6), (1, 2, 1e4))
+    assert time_s("3x1", uneven) == pytest.approx(0.2, rel=0.01)
 
 
 def test_work_beside_flows_hides_behind_the_longer_of_both():

@@ -1,0 +1,170 @@
+"""Constants of the cost model: fitted to times that are known, and measured on emulated links."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tamoe.calibration import calibrate, measure
+from tamoe.cases import HIDDEN_SIZE, make_case, routing
+from tamoe.solver import Workload
+from tamoe.solver.choice import choose_exchange
+from tamoe.solver.constants import Constants, read_constants
+from tamoe.solver.exchange_cost import EXCHANGES, predict, rows_of_group
+from tamoe.solver.exchange_fit import KEYS, MOST_STEPS, Measured, fit
+from tamoe.topology import ClusterSpec, InputError, Topology, run_ranks
+
+TREE = Topology.from_tree("2x2", bandwidth_bytes_per_s=(1e9, 1e7))
+TRUE = Constants(2e-3, 3e-4, 2e-9, 5e-9, 0.9, 2)
+
+
+def timed(tokens: int, top_k: int, skew: float, seed: int) -> list[Measured]:
+    """What the model itself says with the true constants, for a drawn routing."""
+    generator = np.random.default_rng(seed)
+    ranks = tuple(range(TREE.num_ranks))
+    weight_pN = np.exp(skew * generator.normal(size=(len(ranks), 8)))
+    index_pTK = [
+        np.argsort(generator.exponential(size=(tokens, 8)) / weight_N, 1)[:, :top_k]
+        for weight_N in weight_pN
+    ]
+    counts_pN = np.array([np.bincount(index_TK.ravel(), minlength=8) for index_TK in index_pTK])
+    forward_pMM = np.zeros((len(ranks), 2, 2))
+    for rank, index_TK in enumerate(index_pTK):
+        own = TREE.node_of[rank]
+        forward_pMM[rank, own, 1 - own] = (index_TK // 4 == 1 - own).any(1).sum()
+    rows = rows_of_group(
+        TREE, ranks, counts_pN, forward_pMM, np.arange(8) // 2, 1024, [tokens] * len(ranks)
+    )
+    return [
+        Measured("", *key, predict(TREE, *key, [rows[key]], TRUE).time_s, (rows[key],))
+        for key in KEYS
+    ]
+
+
+def test_a_fit_finds_constants_that_predict_other_routings():
+    settings = [
+        (8, 1, 0.0),
+        (200, 4, 0.0),
+        (600, 2, 0.0),
+        (200, 4, 1.5),
+        (600, 2, 1.5),
+        (900, 1, 3),
+    ]
+    given = [one for seed, setting in enumerate(settings) for one in timed(*setting, seed)]
+    keys = [("flat rounds", "dispatch"), ("hierarchical", "combine")]
+    steps = []
+    found = fit(TREE, given, 2, keys, lambda: steps.append(1))
+    assert list(found) == keys and 0 < len(steps) <= len(keys) * MOST_STEPS
+    others = timed(400, 3, 1.0, 50) + timed(1500, 2, 0.5, 51)
+    for one in others:
+        if (one.exchange, one.way) in keys:
+            constants = found[one.exchange, one.way]
+            predicted = predict(TREE, one.exchange, one.way, one.groups, constants)
+            assert predicted.time_s == pytest.approx(one.seconds, rel=0.03)
+            bare = predict(TREE, one.exchange, one.way, one.groups, Constants())
+            assert bare.time_s < 0.95 * one.seconds  # there was something to find
+
+
+def test_a_fit_refuses_fewer_times_than_constants():
+    with pytest.raises(
+        InputError, match="measured has 1 times of flat single dispatch; allowed: 5"
+    ):
+        fit(TREE, timed(100, 2, 0.0, 0), None)
+
+
+CLUSTER = ClusterSpec.parse("2x1:200mbit")
+
+
+def timed_on_a_rank(rank):
+    topology = CLUSTER.topology()
+    groups = (tuple(range(topology.num_ranks)),)
+    cases = [make_case(topology, groups, name, 0.05, 2, seed=0) for name in ("even", "empty")]
+    runs = []
+    measured = measure(rank, topology, groups, cases, 3, lambda: runs.append(1))
+    few = []
+    measure(rank, topology, groups, cases, 3, lambda: few.append(1), budget_s=1e-9)
+    return (
+        measured,
+        [routing(case, rank, 1000 * i + rank) for i, case in enumerate(cases)],
+        (len(runs), len(few)),
+    )
+
+
+@pytest.mark.ranks
+def test_what_is_measured_is_what_was_routed():
+    on_ranks = run_ranks(CLUSTER, timed_on_a_rank, timeout_s=120)
+    for measured, _, calls in on_ranks:
+        assert calls == (2 * 4, 2 * 2)  # all runs; the untimed and one more
+        assert [(m.case, m.exchange, m.way, m.seconds) for m in measured] == [
+            (m.case, m.exchange, m.way, m.seconds) for m in on_ranks[0][0]
+        ]
+    measured = on_ranks[0][0]
+    assert [(m.exchange, m.way) for m in measured] == [*KEYS, *KEYS]
+    sent_pp = np.zeros((2, 2))
+    for rank, (_, index, _) in enumerate(on_ranks):
+        on_rank_TK = index[0] // 4
+        assert index[1].numel() == 0
+        for other in range(2):
+            sent_pp[rank, other] = int((on_rank_TK == other).sum()) * HIDDEN_SIZE * 4
+    topology = CLUSTER.topology()
+    uplink = [link for link in topology.links if link.level > 0]
+    rate, burst = uplink[0].bandwidth_bytes_per_s, uplink[0].burst_bytes
+    for one in measured[: len(KEYS)]:
+        if one.exchange != "hierarchical":
+            np.testing.assert_array_equal(one.groups[0].hops_pp[0], sent_pp)
+            assert one.seconds >= 0.9 * (max(sent_pp[0, 1], sent_pp[1, 0]) - burst) / rate
+    for one in measured[len(KEYS) :]:
+        assert np.sum(one.groups[0].hops_pp) == 0 and one.seconds > 0
+
+
+def calibrated_on_a_rank(rank):
+    shown = []
+    topology = CLUSTER.topology()
+    found = calibrate(
+        rank, topology, at_once=2, budget_s=1e-9, progress=lambda *line: shown.append(line[:3])
+    )
+    alone = Topology.from_tree("1x2", bandwidth_bytes_per_s=(1e9,))
+    assert calibrate(rank, alone) is alone  # one node: nothing to choose
+    return read_constants(found), shown
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_ranks_share_the_fit_and_agree():
+    on_ranks = run_ranks(CLUSTER, calibrated_on_a_rank, timeout_s=300)
+    constants, shown = on_ranks[0]
+    assert all(other == constants for other, _ in on_ranks)
+    assert set(constants) == set(KEYS)
+    for one in constants.values():
+        assert one.start_s >= 0 and 0.5 <= one.crossing_share <= 1 and one.at_once == 2
+    phases = [line[0] for line in shown]
+    assert phases == sorted(phases, reverse=True) and set(phases) == {"exchanges", "constants"}
+    for phase in ("exchanges", "constants"):  # each line ends
+        _, done, total = [line for line in shown if line[0] == phase][-1]
+        assert done == total
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_the_command_writes_constants_that_plans_choose_by(tmp_path: Path) -> None:
+    output = tmp_path / "t.json"
+    command = [sys.executable, "-m", "tamoe", "probe", "--cluster", "2x2:200mbit", "--exchange"]
+    done = subprocess.run(
+        [*command, "--budget-s", "60", "-o", str(output)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "probe: exchanges" in done.stderr and "probe: constants" in done.stderr
+    topology = Topology.load(output)
+    assert set(read_constants(topology)) == set(KEYS)
+    bare = dataclasses.replace(topology, extra={})
+    workload = Workload(1024, 4, 256, 4, 4)
+    even_PN = np.full((4, 16), 256.0)
+    choice, unaware = (choose_exchange(t, workload, even_PN) for t in (topology, bare))
+    assert "constants measured" in choice.reason and set(choice.seconds) == set(EXCHANGES)
+    for exchange, seconds in unaware.seconds.items():
+        assert choice.seconds[exchange] > seconds  # work and messages on top of bytes
