@@ -103,7 +103,7 @@ def measure_cluster(spec: str, grid: Grid, repetitions: int) -> tuple[Topology, 
     cases = [even_case(topology, t, k) for k in grid.measured_top_k for t in grid.measured_tokens]
     # Local routings take two thirds of the fit's time on 16 ranks, and no routing here is local.
     fitted = [case for case in calibration_cases(topology) if not case.name.startswith("local")]
-    constants, measured, _ = calibrate_and_measure(
+    constants, measured, dropped = calibrate_and_measure(
         spec, "crossover", topology, groups, fitted, cases, repetitions
     )
     topology = with_constants(topology, constants)
@@ -112,6 +112,7 @@ def measure_cluster(spec: str, grid: Grid, repetitions: int) -> tuple[Topology, 
         "nodes": len(topology.nodes),
         "ranks": topology.num_ranks,
         FILE_KEY: topology.extra[FILE_KEY],
+        "dropped_packets": dropped,
         "emulated": measured_rows(cases, measured),
     }
 

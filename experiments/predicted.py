@@ -1,6 +1,6 @@
 """The exchanges' cost model against measured times, on emulated clusters.
 
-Run it (about half an hour on two cores; ``--quick`` for one small cluster)::
+Run it (about an hour on two cores; ``--quick`` for one small cluster)::
 
     python -m tamoe.experiments.predicted -o predicted.json
 
@@ -8,9 +8,9 @@ On each cluster every exchange runs on some routings, in turns. Constants are fi
 uneven, local and one-hot ones; what is scored are other draws, other sizes, another locality,
 routing after a plan's target, sizes of two decades on 4x2, and several expert-parallel groups at
 the same time, for which nothing was fitted. Only times of at least 5 ms that have at least 1 MB on
-the busiest link are scored: an idle token bucket hides less. It is also counted how often the
-exchange that the model prefers is within 5 % of the fastest, on routings of which one exchange is
-scored.
+the busiest link are scored, since an idle token bucket hides less, and only where no packet was
+dropped on the cluster. It is also counted how often the exchange that the model prefers is within
+5 % of the fastest, on routings of which one exchange is scored.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def main(
         scored = cases_of(topology, groups, SCORED, QUICK_ON if quick else SCORED_ON, 100 + number)
         if cluster == SIZED and not quick:
             scored += over_two_decades(topology, groups)
-        if spec in constants:
+        if spec in constants:  # of the same links with one group
             measured, dropped = measure_cases(
                 spec, "predicted", topology, groups, scored, repetitions
             )
@@ -190,7 +190,7 @@ def main(
         document = {
             "schema": SCHEMA,
             "schema_version": SCHEMA_VERSION,
-            "label": "emulated",
+            "label": "measured_s emulated, predicted_s simulated",
             "repetitions": repetitions,
             "constants": {s: dict(with_constants(topology, c).extra) for s, c in constants.items()},
             "summary": summary(rows),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ class Constants:
     Parameters
     ----------
     start_s
-        Seconds, >= 0, whatever the rows.
+        Seconds, >= 0, whatever the rows, for a group of all ranks; in proportion for smaller ones.
     message_s
         Seconds, >= 0, of a rank for each message that it sends or gets.
     work_s_per_byte
@@ -41,6 +42,16 @@ class Constants:
     crossing_share: float = 1.0
     at_once: int | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("start_s", "message_s", "work_s_per_byte", "work_s_per_token_byte"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise InputError(f"{name} is {value}; allowed: >= 0 and finite")
+        if not 0 < self.crossing_share <= 1:
+            raise InputError(f"crossing_share is {self.crossing_share}; allowed: > 0 to 1")
+        if self.at_once is not None and not self.at_once >= 1:
+            raise InputError(f"at_once is {self.at_once}; allowed: >= 1, or None")
+
 
 def read_constants(topology: Topology) -> dict[tuple[str, str], Constants]:
     """Constants in a topology's file, by exchange and way; empty where none were measured.
@@ -48,7 +59,7 @@ def read_constants(topology: Topology) -> dict[tuple[str, str], Constants]:
     Raises
     ------
     InputError
-        They are malformed.
+        They are malformed, out of range, or of another version.
     """
     found = topology.extra.get(FILE_KEY, {})
     try:
@@ -57,9 +68,10 @@ def read_constants(topology: Topology) -> dict[tuple[str, str], Constants]:
             for exchange, ways in found.items()
             for way, values in ways.items()
         }
-    except (AttributeError, TypeError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise InputError(
-            f"{FILE_KEY} of the topology: {error}; allowed: what `tamoe probe --exchange` writes"
+            f"{FILE_KEY} of the topology: {error}. Another version may have written it; allowed: "
+            f"what this one writes: run `tamoe probe --exchange` again"
         ) from None
 
 

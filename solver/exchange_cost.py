@@ -207,8 +207,10 @@ def predict(
     else:
         line = run_steps_together(topology, steps_P)
     busy = zip(topology.links, line.busy_L.tolist(), strict=True)
+    largest = max((len(rows.ranks) for rows in groups), default=0)
+    start_s = constants.start_s * largest / topology.num_ranks  # a rank tells each other its counts
     return Prediction(
-        constants.start_s + line.time_s,
+        start_s + line.time_s,
         {(link.source, link.target): busy_s for link, busy_s in busy if busy_s > 0},
     )
 

@@ -17,19 +17,30 @@ Key = tuple[Exchange, Way]
 KEYS: tuple[Key, ...] = tuple(product(EXCHANGES, WAYS))
 # Of ms at the start, ms a message, ns a byte, ns a byte of tokens, share that crossing flows keep.
 _START = np.array([5.0, 0.1, 1.0, 1.0, 0.9])
+_SCALE = np.array([10.0, 0.2, 1.0, 1.0, 0.1])
 _LEAST, _MOST = [0.0, 0.0, 0.0, 0.0, 0.5], [1e3, 1e3, 1e3, 1e3, 1.0]
 _STEPS = np.diag([0.3, 0.01, 0.03, 0.05, -0.01])
 _LOSSES = ("linear", "soft_l1")  # from a far start the first is faster
 _STEPS_EACH = 10
+BOUND = 0.01  # error that a constant is worth that lies its scale away from the start
 LEAST_SPREAD = 0.05  # steadier times are no better: the model's own errors are of this size
 MOST_STEPS = len(_LOSSES) * _STEPS_EACH
 
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """Median seconds of one way of one exchange in one case, and what it moved.
+    """What one way of one exchange took in one case, and what it moved.
 
-    ``spread`` is the range of the middle half of its runs, as a share of the median.
+    Parameters
+    ----------
+    case, exchange, way
+        Of what.
+    seconds
+        Median, of the last rank in each run, > 0.
+    groups
+        What each group moved.
+    spread
+        Range of the middle half of the runs, as a share of the median.
     """
 
     case: str
@@ -56,19 +67,35 @@ def fit(
     topology
         The cluster.
     measured
-        Times; at least five cases of each exchange and way.
+        Times; at least five cases of each of ``keys``.
     at_once
         Ranks that can work at the same time: the cores of an emulated cluster, None for a real
         one, where ranks have cores of their own.
     keys
         Exchanges and ways to fit.
     progress
-        Called after each of at most ``MOST_STEPS`` steps for each key.
+        Called before each of at most ``MOST_STEPS`` steps for each key.
+
+    Returns
+    -------
+    dict
+        Constants for each key. Where no two links mix flows, ``crossing_share`` is 1.
 
     Raises
     ------
     InputError
         There are fewer cases than constants.
+
+    Examples
+    --------
+    >>> topology = Topology.from_tree("2x1", bandwidth_bytes_per_s=(4e9, 1e6))
+    >>> def measured(size: float) -> Measured:
+    ...     rows = Rows((0, 1), [np.array([[0.0, size], [0.0, 0.0]])])
+    ...     return Measured("", "flat single", "dispatch", 0.02 + size / 1e6, (rows,))
+    >>> times = [measured(1000.0 * number) for number in range(1, 7)]
+    >>> found = fit(topology, times, None, [("flat single", "dispatch")])
+    >>> round(found["flat single", "dispatch"].start_s, 3)
+    0.02
     """
     fitted: dict[tuple[str, str], Constants] = {}
     for key in keys:
@@ -90,40 +117,50 @@ def _fit_one(
 ) -> Constants:
     from scipy.optimize import least_squares
 
+    spread = np.array([one.spread for one in measured])
+    weight = LEAST_SPREAD / np.hypot(LEAST_SPREAD, spread)
+
     def constants(values: np.ndarray) -> Constants:
-        start_ms, message_ms, work_ns, token_ns, share = values.tolist()
+        start_ms, message_ms, work_ns, token_ns, share = [*values.tolist(), 1.0][: len(_START)]
         return Constants(
             start_ms / 1e3, message_ms / 1e3, work_ns / 1e9, token_ns / 1e9, share, at_once
         )
 
-    spread = np.array([one.spread for one in measured])
-    weight = LEAST_SPREAD / np.hypot(LEAST_SPREAD, spread)
-
-    def error(values: np.ndarray) -> np.ndarray:
+    def log_ratios(values: np.ndarray) -> np.ndarray:
         given = constants(values)
         ratios = [
             predict(topology, one.exchange, one.way, one.groups, given).time_s / one.seconds
             for one in measured
         ]
-        return weight * np.log(ratios)
+        return np.log(ratios)
+
+    # Where no link mixes flows, as on two nodes, nothing tells what that costs.
+    mixes = not np.array_equal(log_ratios(_START), log_ratios(_START + _STEPS[-1]))
+    num = len(_START) if mixes else len(_START) - 1
+    start, scale = _START[:num], _SCALE[:num]
+
+    def error(values: np.ndarray) -> np.ndarray:
+        # Weakly bound to the start: a constant that hides behind others has no best value.
+        return np.concatenate([weight * log_ratios(values), BOUND * (values - start) / scale])
 
     # Predictions have small steps, so differences over tiny distances would be noise.
     def jacobian(values: np.ndarray) -> np.ndarray:
         if progress is not None:
             progress()
         here = error(values)
-        return np.stack([(error(values + step) - here) / step.sum() for step in _STEPS], 1)
+        steps = _STEPS[:num, :num]
+        return np.stack([(error(values + step) - here) / step.sum() for step in steps], 1)
 
-    values = _START
+    values = start
     for loss in _LOSSES:
         values = least_squares(
             error,
             values,
-            bounds=(_LEAST, _MOST),
-            x_scale=[10.0, 0.2, 1.0, 1.0, 0.1],
+            bounds=(_LEAST[:num], _MOST[:num]),
+            x_scale=scale,
             jac=jacobian,
             loss=loss,
-            f_scale=0.05,
+            f_scale=LEAST_SPREAD,
             ftol=1e-3,
             xtol=1e-3,
             max_nfev=_STEPS_EACH,

@@ -92,8 +92,10 @@ def run_steps(
             incidence_FL[active_F], capacity_L, size_F[active_F], together=TOGETHER
         )
         load_L = rate_F @ incidence_FL
-        left_L = left_F[active_F] @ incidence_FL[active_F]
-        rate_F[active_F] *= _crossing(incidence_FL[active_F], left_L / bandwidth_L, crossing_share)
+        left_s_L = left_F[active_F] @ incidence_FL[active_F] / bandwidth_L
+        busiest_L = left_s_L > NEARLY * left_s_L.max(initial=0.0)
+        busiest_L &= credit_L == 0  # a burst is held up by nothing
+        rate_F[active_F] *= _crossing(incidence_FL[active_F], busiest_L, crossing_share)
         waits = work_until_P[(step_P < last_P) & (work_until_P > now_s)] - now_s
         unsent_F = np.where(left_F > SOCKET_BYTES, left_F - SOCKET_BYTES, left_F)
         ends_s = unsent_F[active_F] / rate_F[active_F]
@@ -150,8 +152,17 @@ def fair_rates(
 ) -> np.ndarray:
     """Max-min fair rates of flows: no flow can have more without another having less.
 
-    With weights, shares of a link are in proportion to them. Links whose shares differ by less than
-    ``together`` of the least fill at the same time, which leaves as much of them unused.
+    Parameters
+    ----------
+    incidence_FL
+        ``[F, L]``, 1 where a flow goes over a link.
+    capacity_L
+        ``[L]`` bytes/s, > 0.
+    weight_F
+        ``[F]``, > 0: shares of a link are in proportion to them. None: all alike.
+    together
+        Links whose shares differ by less than this part of the least fill at the same time: fewer
+        passes, and as much of them is left unused.
 
     Examples
     --------
@@ -174,9 +185,8 @@ def fair_rates(
     return rate_F
 
 
-def _crossing(incidence_FL: np.ndarray, left_s_L: np.ndarray, share: float) -> np.ndarray:
+def _crossing(incidence_FL: np.ndarray, busiest_L: np.ndarray, share: float) -> np.ndarray:
     """Factor of each flow's rate: ``share`` if two of the busiest links mix it with others."""
-    busiest_L = left_s_L > NEARLY * left_s_L.max(initial=0.0)
     both_LL = incidence_FL.T @ incidence_FL  # flows on both links
     mixed_LL = (both_LL < both_LL.diagonal()[:, None]) & busiest_L & busiest_L[:, None]
     mixed_LL |= mixed_LL.T

@@ -80,9 +80,9 @@ def calibrate(
     mine = KEYS[rank :: topology.num_ranks]  # a fit takes seconds, so ranks share the work
     fitting = Count(progress, "constants", len(mine) * MOST_STEPS)
     constants = fit(topology, measured, at_once, mine, fitting)
-    fitting.end()
     found: list[Mapping[tuple[str, str], Constants]] = [{}] * topology.num_ranks
     dist.all_gather_object(found, constants)
+    fitting.end()
     return with_constants(topology, {key: part[key] for part in found for key in part})
 
 

@@ -96,7 +96,9 @@ def probe(
     budget_s: Annotated[
         float | None,
         typer.Option(
-            metavar="SECONDS", help="Time that the measurement may take, > 0; default no limit."
+            metavar="SECONDS",
+            help="Time that the measurement may take, > 0; default no limit. With --exchange, what "
+            "the links leave of it; each exchange is timed once in any case.",
         ),
     ] = None,
     ranks: Annotated[

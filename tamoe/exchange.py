@@ -70,7 +70,7 @@ class Exchange:
         would get on average. For measuring what the exchange costs; its results are not a model.
         Every rank then needs an expert.
     schedule
-        ``"single"``: one all-to-all. ``"rounds"``: disjoint node pairs, one after another; needs a
+        ``"single"``: all at once. ``"rounds"``: disjoint node pairs, one after another; needs a
         topology. ``"auto"``: rounds on gloo where there are several nodes, else single. The
         hierarchical exchange always goes in rounds.
     chunks

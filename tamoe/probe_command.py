@@ -236,7 +236,10 @@ def _probe_rank(
 
     show, began_s = progress_line("probe"), time.monotonic()
     topology = probe(budget_s=budget_s, progress=show, partial_path=partial)
-    if exchange and topology.provenance.get("status", "complete") == "complete":
+    complete = topology.provenance.get("status", "complete") == "complete"
+    if exchange and not complete and rank == 0:
+        print("probe: not complete, so exchanges were not timed", file=sys.stderr)
+    if exchange and complete:
         from tamoe.calibration import calibrate
 
         left_s = None if budget_s is None else began_s + budget_s - time.monotonic()

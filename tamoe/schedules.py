@@ -305,7 +305,7 @@ class Transfer:
         It is one uneven all-to-all, but on gloo a message for each rank: gloo's own all-to-all came
         to .62 to 1.0 of the bound at random, messages to .98 (emulated, 2x2 at 100 Mbit/s).
         """
-        if works_by_gloo(self._group):
+        if self._sent_nD.device.type == "cpu" and works_by_gloo(self._group):
             return self.start_singly()
         send_splits, receive_splits = self._splits
         rank, where = dist.get_rank(self._group), f"{self._what}, all ranks at once"

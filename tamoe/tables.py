@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tamoe.topology.completeness import ORIGINS_IN_WORDS, what_is_missing
+from tamoe.topology.errors import InputError
 from tamoe.topology.units import counted, format_bytes, format_rate, format_time
 
 if TYPE_CHECKING:
@@ -64,6 +65,31 @@ def print_topology(topology: Topology) -> None:
             print(f"{origin}: {meaning}")
     for note in topology.provenance.get("notes", []):
         print(note)
+    _print_constants(topology)
+
+
+def _print_constants(topology: Topology) -> None:
+    """What each exchange costs beside bytes on links, where that was measured."""
+    from tamoe.solver.constants import read_constants
+
+    try:
+        constants = read_constants(topology)
+    except InputError as error:  # the links are good all the same
+        print(error)
+        return
+    if not constants:
+        return
+    table = _table("exchange (fitted)", "start", "message", "rows", "tokens", "mixed")
+    for (exchange, way), found in constants.items():
+        table.add_row(
+            f"{exchange}, {way}",
+            format_time(found.start_s),
+            format_time(found.message_s),
+            f"{found.work_s_per_byte * 1e9:.2f} ns/B",
+            f"{found.work_s_per_token_byte * 1e9:.2f} ns/B",
+            f"{found.crossing_share:.0%}",
+        )
+    _print(table)
 
 
 def _one_a_class(topology: Topology) -> list[Link]:

@@ -16,65 +16,81 @@ from tamoe.solver import Workload
 from tamoe.solver.choice import choose_exchange
 from tamoe.solver.constants import Constants, read_constants
 from tamoe.solver.exchange_cost import EXCHANGES, predict, rows_of_group
-from tamoe.solver.exchange_fit import KEYS, MOST_STEPS, Measured, fit
+from tamoe.solver.exchange_fit import KEYS, MOST_STEPS, Key, Measured, fit
 from tamoe.topology import ClusterSpec, InputError, Topology, run_ranks
 
-TREE = Topology.from_tree("2x2", bandwidth_bytes_per_s=(1e9, 1e7))
-TRUE = Constants(2e-3, 3e-4, 2e-9, 5e-9, 0.9, 2)
+TREE = Topology.from_tree("3x2", bandwidth_bytes_per_s=(1e9, 1e7))
+TWO_NODES = Topology.from_tree("2x2", bandwidth_bytes_per_s=(1e9, 1e7))
+TRUE = Constants(2e-3, 3e-4, 2e-9, 5e-9, 0.7, 2)
+SETTINGS = [(8, 1, 0.0), (200, 4, 0.0), (600, 2, 0.0), (200, 4, 1.5), (600, 2, 1.5), (900, 1, 3.0)]
 
 
-def timed(tokens: int, top_k: int, skew: float, seed: int) -> list[Measured]:
+def timed(tree: Topology, tokens: int, top_k: int, skew: float, seed: int) -> list[Measured]:
     """What the model itself says with the true constants, for a drawn routing."""
     generator = np.random.default_rng(seed)
-    ranks = tuple(range(TREE.num_ranks))
-    weight_pN = np.exp(skew * generator.normal(size=(len(ranks), 8)))
-    index_pTK = [
-        np.argsort(generator.exponential(size=(tokens, 8)) / weight_N, 1)[:, :top_k]
-        for weight_N in weight_pN
-    ]
-    counts_pN = np.array([np.bincount(index_TK.ravel(), minlength=8) for index_TK in index_pTK])
-    forward_pMM = np.zeros((len(ranks), 2, 2))
-    for rank, index_TK in enumerate(index_pTK):
-        own = TREE.node_of[rank]
-        forward_pMM[rank, own, 1 - own] = (index_TK // 4 == 1 - own).any(1).sum()
+    ranks = tuple(range(tree.num_ranks))
+    num_experts, num_nodes = 2 * tree.num_ranks, len(tree.nodes)
+    node_N = np.array(tree.node_of).repeat(2)
+    counts_pN = np.zeros((len(ranks), num_experts))
+    forward_pMM = np.zeros((len(ranks), num_nodes, num_nodes))
+    for rank, own in enumerate(tree.node_of):
+        weight_N = np.exp(skew * generator.normal(size=num_experts))
+        draw_TN = generator.exponential(size=(tokens, num_experts)) / weight_N
+        index_TK = draw_TN.argsort(1)[:, :top_k]
+        counts_pN[rank] = np.bincount(index_TK.ravel(), minlength=num_experts)
+        for node in set(range(num_nodes)) - {own}:
+            forward_pMM[rank, own, node] = (node_N[index_TK] == node).any(1).sum()
+    rank_of_N = np.arange(num_experts) // 2
     rows = rows_of_group(
-        TREE, ranks, counts_pN, forward_pMM, np.arange(8) // 2, 1024, [tokens] * len(ranks)
+        tree, ranks, counts_pN, forward_pMM, rank_of_N, 1024, [tokens] * len(ranks)
     )
     return [
-        Measured("", *key, predict(TREE, *key, [rows[key]], TRUE).time_s, (rows[key],))
+        Measured("", *key, predict(tree, *key, [rows[key]], TRUE).time_s, (rows[key],))
         for key in KEYS
     ]
 
 
-def test_a_fit_finds_constants_that_predict_other_routings():
-    settings = [
-        (8, 1, 0.0),
-        (200, 4, 0.0),
-        (600, 2, 0.0),
-        (200, 4, 1.5),
-        (600, 2, 1.5),
-        (900, 1, 3),
-    ]
-    given = [one for seed, setting in enumerate(settings) for one in timed(*setting, seed)]
-    keys = [("flat rounds", "dispatch"), ("hierarchical", "combine")]
-    steps = []
-    found = fit(TREE, given, 2, keys, lambda: steps.append(1))
+@pytest.mark.parametrize("tree", [TREE, TWO_NODES])
+def test_a_fit_finds_constants_that_predict_other_routings(tree: Topology) -> None:
+    given = [one for seed, setting in enumerate(SETTINGS) for one in timed(tree, *setting, seed)]
+    keys: list[Key] = [("flat single", "dispatch"), ("hierarchical", "combine")]
+    steps: list[int] = []
+    found = fit(tree, given, 2, keys, lambda: steps.append(1))
     assert list(found) == keys and 0 < len(steps) <= len(keys) * MOST_STEPS
-    others = timed(400, 3, 1.0, 50) + timed(1500, 2, 0.5, 51)
-    for one in others:
+    # On two nodes links mix no flows, so nothing tells what that costs.
+    share = found["flat single", "dispatch"].crossing_share
+    assert share == (1.0 if tree is TWO_NODES else pytest.approx(0.7, abs=0.03))
+    for one in timed(tree, 400, 3, 1.0, 50) + timed(tree, 1500, 2, 0.5, 51):
         if (one.exchange, one.way) in keys:
             constants = found[one.exchange, one.way]
-            predicted = predict(TREE, one.exchange, one.way, one.groups, constants)
+            predicted = predict(tree, one.exchange, one.way, one.groups, constants)
             assert predicted.time_s == pytest.approx(one.seconds, rel=0.03)
-            bare = predict(TREE, one.exchange, one.way, one.groups, Constants())
-            assert bare.time_s < 0.95 * one.seconds  # there was something to find
+            bare = predict(tree, one.exchange, one.way, one.groups, Constants())
+            assert bare.time_s < 0.98 * one.seconds  # there was something to find
 
 
-def test_a_fit_refuses_fewer_times_than_constants():
+def test_times_that_vary_count_for_less() -> None:
+    key: Key = ("flat rounds", "dispatch")
+    given = [
+        one
+        for seed, setting in enumerate(SETTINGS)
+        for one in timed(TWO_NODES, *setting, seed)
+        if (one.exchange, one.way) == key
+    ]
+    wrong = dataclasses.replace(given[2], seconds=1.3 * given[2].seconds)
+    predicted = []
+    for third in (given[2], wrong, dataclasses.replace(wrong, spread=2.0)):
+        found = fit(TWO_NODES, [*given[:2], third, *given[3:]], 2, [key])[key]
+        predicted.append([predict(TWO_NODES, *key, one.groups, found).time_s for one in given])
+    moved, moved_less = (np.abs(np.divide(p, predicted[0]) - 1).max() for p in predicted[1:])
+    assert moved_less < 0.3 * moved
+
+
+def test_a_fit_refuses_fewer_times_than_constants() -> None:
     with pytest.raises(
         InputError, match="measured has 1 times of flat single dispatch; allowed: 5"
     ):
-        fit(TREE, timed(100, 2, 0.0, 0), None)
+        fit(TREE, timed(TREE, 100, 2, 0.0, 0), None)
 
 
 CLUSTER = ClusterSpec.parse("2x1:200mbit")
@@ -96,6 +112,7 @@ def timed_on_a_rank(rank):
 
 
 @pytest.mark.ranks
+@pytest.mark.emulated
 def test_what_is_measured_is_what_was_routed():
     on_ranks = run_ranks(CLUSTER, timed_on_a_rank, timeout_s=120)
     for measured, _, calls in on_ranks:
@@ -134,6 +151,7 @@ def calibrated_on_a_rank(rank):
 
 
 @pytest.mark.ranks
+@pytest.mark.emulated
 @pytest.mark.slow
 def test_ranks_share_the_fit_and_agree():
     on_ranks = run_ranks(CLUSTER, calibrated_on_a_rank, timeout_s=300)
@@ -141,7 +159,7 @@ def test_ranks_share_the_fit_and_agree():
     assert all(other == constants for other, _ in on_ranks)
     assert set(constants) == set(KEYS)
     for one in constants.values():
-        assert one.start_s >= 0 and 0.5 <= one.crossing_share <= 1 and one.at_once == 2
+        assert one.at_once == 2 and one.crossing_share == 1.0  # two nodes
     phases = [line[0] for line in shown]
     assert phases == sorted(phases, reverse=True) and set(phases) == {"exchanges", "constants"}
     for phase in ("exchanges", "constants"):  # each line ends
@@ -150,12 +168,16 @@ def test_ranks_share_the_fit_and_agree():
 
 
 @pytest.mark.ranks
+@pytest.mark.emulated
 @pytest.mark.slow
 def test_the_command_writes_constants_that_plans_choose_by(tmp_path: Path) -> None:
     output = tmp_path / "t.json"
-    command = [sys.executable, "-m", "tamoe", "probe", "--cluster", "2x2:200mbit", "--exchange"]
+    command = [sys.executable, "-m", "tamoe", "probe", "--cluster", "2x1:1gbit", "--exchange"]
     done = subprocess.run(
-        [*command, "--budget-s", "60", "-o", str(output)], capture_output=True, text=True
+        [*command, "-o", str(output)],
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert "probe: exchanges" in done.stderr and "probe: constants" in done.stderr
@@ -163,7 +185,7 @@ def test_the_command_writes_constants_that_plans_choose_by(tmp_path: Path) -> No
     assert set(read_constants(topology)) == set(KEYS)
     bare = dataclasses.replace(topology, extra={})
     workload = Workload(1024, 4, 256, 4, 4)
-    even_PN = np.full((4, 16), 256.0)
+    even_PN = np.full((2, 8), 512.0)
     choice, unaware = (choose_exchange(t, workload, even_PN) for t in (topology, bare))
     assert "constants measured" in choice.reason and set(choice.seconds) == set(EXCHANGES)
     for exchange, seconds in unaware.seconds.items():

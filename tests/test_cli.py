@@ -12,6 +12,7 @@ import networkx as nx
 import pytest
 
 from tamoe.cli import main
+from tamoe.solver.constants import FILE_KEY, Constants, with_constants
 from tamoe.topology import ClusterSpec, Pair, Topology
 from tamoe.topology.plot import topology_figure
 
@@ -59,6 +60,25 @@ def test_show_writes_a_picture_and_the_table(
     assert "6 ranks on 3 nodes" in out
     assert "12.0 MB/s" in out
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_show_tells_constants_of_exchanges_if_the_file_has_them(
+    capsys: pytest.CaptureFixture[str], topology_file: Path
+) -> None:
+    assert "message" not in run(capsys, "show", topology_file)[1]
+    constants = {("flat rounds", "combine"): Constants(2e-3, 3e-5, 4e-9, 5e-9, 0.75)}
+    with_constants(Topology.load(topology_file), constants).save(topology_file)
+    code, out, _ = run(capsys, "show", topology_file)
+    assert code == 0
+    (row,) = [line for line in out.splitlines() if "flat rounds, combine" in line]
+    for shown in ("2.00 ms", "30.0 µs", "4.00 ns/B", "5.00 ns/B", "75%"):
+        assert shown in row
+    older = dataclasses.replace(
+        Topology.load(topology_file), extra={FILE_KEY: {"x": {"y": {"z": 1}}}}
+    )
+    older.save(topology_file)
+    code, out, _ = run(capsys, "show", topology_file)
+    assert code == 0 and "run `tamoe probe --exchange` again" in out
 
 
 def test_show_json_is_the_file(capsys: pytest.CaptureFixture[str], topology_file: Path) -> None:
