@@ -94,6 +94,7 @@ def test_a_fit_refuses_fewer_times_than_constants() -> None:
 
 
 CLUSTER = ClusterSpec.parse("2x1:200mbit")
+FAST = ClusterSpec.parse("2x1:1gbit")
 
 
 def timed_on_a_rank(rank):
@@ -141,11 +142,11 @@ def test_what_is_measured_is_what_was_routed():
 
 def calibrated_on_a_rank(rank):
     shown = []
-    topology = CLUSTER.topology()
+    topology = FAST.topology()
     found = calibrate(
         rank, topology, at_once=2, budget_s=1e-9, progress=lambda *line: shown.append(line[:3])
     )
-    alone = Topology.from_tree("1x2", bandwidth_bytes_per_s=(1e9,))
+    alone = Topology.from_tree("1x2", bandwidth_bytes_per_s=(1e9, 1e9))
     assert calibrate(rank, alone) is alone  # one node: nothing to choose
     return read_constants(found), shown
 
@@ -154,7 +155,7 @@ def calibrated_on_a_rank(rank):
 @pytest.mark.emulated
 @pytest.mark.slow
 def test_ranks_share_the_fit_and_agree():
-    on_ranks = run_ranks(CLUSTER, calibrated_on_a_rank, timeout_s=300)
+    on_ranks = run_ranks(FAST, calibrated_on_a_rank, timeout_s=300)
     constants, shown = on_ranks[0]
     assert all(other == constants for other, _ in on_ranks)
     assert set(constants) == set(KEYS)
@@ -172,7 +173,7 @@ def test_ranks_share_the_fit_and_agree():
 @pytest.mark.slow
 def test_the_command_writes_constants_that_plans_choose_by(tmp_path: Path) -> None:
     output = tmp_path / "t.json"
-    command = [sys.executable, "-m", "tamoe", "probe", "--cluster", "2x1:1gbit", "--exchange"]
+    command = [sys.executable, "-m", "tamoe", "probe", "--cluster", str(FAST), "--exchange"]
     done = subprocess.run(
         [*command, "-o", str(output)],
         capture_output=True,
