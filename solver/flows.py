@@ -3,8 +3,9 @@
 Every rank goes through steps. A step holds the flows that it sends or receives then, and work that
 goes on beside them; the next step begins when all has arrived and the work is done, and when of
 each flow that it sends the rest fits in a socket. A flow runs once both of its ends have come to
-its step. A link with a token bucket lets a burst through before it holds back; the
-bucket fills again while the link is less than full.
+its step. Flows of earlier steps take more of a link than those of later ones, and flows that two of
+the busiest links mix with others lose some of their rate. A link with a token bucket lets a burst
+through before it holds back; the bucket fills again while the link is less than full.
 
 Shape suffixes: F flows, L links, P ranks.
 """
