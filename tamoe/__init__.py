@@ -15,14 +15,23 @@ if TYPE_CHECKING:
         load_checkpoint as load_checkpoint,
         save_checkpoint as save_checkpoint,
     )
+    from tamoe.divergence import (
+        LocalityLoss as LocalityLoss,
+        TargetDivergence as TargetDivergence,
+    )
     from tamoe.exchange import Exchange as Exchange
+    from tamoe.expert_bias import ExpertBias as ExpertBias
     from tamoe.gate import Gate as Gate
     from tamoe.gates import (
+        FasterGate as FasterGate,
         GShardGate as GShardGate,
         NaiveGate as NaiveGate,
+        NoisyGate as NoisyGate,
+        SigmoidGate as SigmoidGate,
         SwitchGate as SwitchGate,
         steering as steering,
     )
+    from tamoe.group_limit import GroupLimit as GroupLimit
     from tamoe.loss import TopologyLoss as TopologyLoss
     from tamoe.moe import MoE as MoE, MoEOutput as MoEOutput
     from tamoe.parallel import (
@@ -51,20 +60,27 @@ _HOME = {
     "EmulationError": "topology.errors",
     "Exchange": "exchange",
     "ExchangeError": "topology.errors",
+    "ExpertBias": "expert_bias",
+    "FasterGate": "gates",
     "GShardGate": "gates",
     "Gate": "gate",
+    "GroupLimit": "group_limit",
     "InfeasibleError": "topology.errors",
     "InputError": "topology.errors",
     "KernelError": "topology.errors",
+    "LocalityLoss": "divergence",
     "MoE": "moe",
     "MoEOutput": "moe",
     "NaiveGate": "gates",
+    "NoisyGate": "gates",
     "ProbeError": "topology.errors",
     "RankError": "topology.errors",
     "RankTimeoutError": "topology.errors",
     "Routing": "routing",
+    "SigmoidGate": "gates",
     "SwitchGate": "gates",
     "TamoeError": "topology.errors",
+    "TargetDivergence": "divergence",
     "TopologyBias": "bias",
     "TopologyCapacity": "capacity",
     "TopologyLoss": "loss",

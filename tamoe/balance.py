@@ -1,54 +1,24 @@
-"""Auxiliary losses as pure functions of tensors.
+"""Balance and topology losses as pure functions of tensors.
 
 Every loss here is 1 at even routing, whatever the number of ranks, experts, choices and tokens;
-:func:`convention_factor` gives the scale of other systems. Gradients flow through the
-probabilities only. Shape suffixes: T tokens, K choices, N experts of the whole group.
+:func:`tamoe.functional.convention_factor` gives the scale of other systems. Gradients flow through
+the probabilities only. Shape suffixes: T tokens, K choices, N experts of the whole group, L layers,
+B sequences.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from tamoe.groups import process_group
+from tamoe.loss_totals import check_shapes, expert_counts, totals, widened
 from tamoe.topology.errors import InputError
 
 if TYPE_CHECKING:
     from tamoe.groups import Group
-
-CONVENTIONS = ("tamoe", "deepspeed", "transformers", "fastmoe")
-
-
-def expert_counts(
-    expert_index_TK: torch.Tensor, num_experts: int, mask_T: torch.Tensor | None = None
-) -> torch.Tensor:
-    """How many choices each expert got, over all K choices.
-
-    Parameters
-    ----------
-    expert_index_TK
-        ``[T, K]`` integers, 0 to ``num_experts`` - 1; -1 is not counted.
-    num_experts
-        N.
-    mask_T
-        ``[T]``; tokens where it is 0 are not counted. None counts all.
-
-    Returns
-    -------
-    torch.Tensor
-        ``[N]`` int64, the same on every run: integer sums do not depend on their order.
-
-    Examples
-    --------
-    >>> expert_counts(torch.tensor([[0, 1], [2, -1]]), 4)
-    tensor([1, 1, 1, 0])
-    """
-    if mask_T is not None:
-        expert_index_TK = torch.where(mask_T.bool().unsqueeze(1), expert_index_TK, -1)
-    flat = expert_index_TK.reshape(-1).long() + 1  # slot 0 takes the dropped choices
-    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=flat.device)
-    return counts.scatter_add(0, flat, torch.ones_like(flat))[1:]
 
 
 def topology_loss(
@@ -100,8 +70,8 @@ def topology_loss(
     >>> topology_loss(probs_TN, index_TK, torch.tensor([1.0, 1.0, 5.0, 5.0])).item()
     1.0
     """
-    num_experts = _check_shapes(probs_TN, expert_index_TK, penalty_N, mask_T)
-    mass_N, counts_N, tokens = _totals(probs_TN, expert_index_TK, mask_T)
+    num_experts = check_shapes(probs_TN, expert_index_TK, penalty_N, mask_T)
+    mass_N, counts_N, tokens = totals(probs_TN, expert_index_TK, mask_T)
     weight_N = penalty_N.detach().to(mass_N.dtype)
     weight_N = weight_N / weight_N.mean()
     top_k = max(expert_index_TK.shape[1], 1)
@@ -160,8 +130,8 @@ def group_balance_loss(
     >>> group_balance_loss(torch.full((2, 2), 0.5), torch.tensor([[0], [1]])).item()
     1.0
     """
-    num_experts = _check_shapes(probs_TN, expert_index_TK, None, mask_T)
-    mass_N, counts_N, tokens = _totals(probs_TN, expert_index_TK, mask_T, least=0)
+    num_experts = check_shapes(probs_TN, expert_index_TK, None, mask_T)
+    mass_N, counts_N, tokens = totals(probs_TN, expert_index_TK, mask_T, least=0)
     size, total = 1, torch.cat([mass_N.detach(), counts_N, tokens.reshape(1)])
     resolved = process_group(group)
     if resolved is not None:
@@ -175,90 +145,95 @@ def group_balance_loss(
     return num_experts * ((mass_N / all_tokens) * (all_counts_N / (top_k * all_tokens))).sum()
 
 
-def convention_factor(convention: str, *, top_k: int, num_ranks: int = 1) -> float:
-    """What a loss of this module is multiplied by to stand in another system's scale.
+def pooled_balance_loss(
+    probs_LTN: Sequence[torch.Tensor],
+    expert_index_LTK: Sequence[torch.Tensor],
+    mask_T: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The balance loss of all layers' tokens together, as Transformers has it, but 1 when even.
+
+    Opposite imbalances of two layers cancel in it; the mean of :func:`balance_loss` over layers
+    sees them. Times k it equals Transformers' ``load_balancing_loss_func``.
 
     Parameters
     ----------
-    convention
-        - ``"tamoe"``: 1 at even routing.
-        - ``"deepspeed"``: ``topkgating``, which divides by k, so 1 at even routing as well. Its
-          top-1 and top-2 gates count first choices only: pass ``expert_index_TK[:, :1]``.
-        - ``"transformers"``: ``load_balancing_loss_func`` sums over the k slots: k at even
-          routing. It pools all layers; the factor holds for one layer.
-        - ``"fastmoe"``: GShardGate squares the experts *of one worker*: 1/W² at even routing under
-          W workers. It counts first choices only: pass ``expert_index_TK[:, :1]``.
-    top_k
-        k, >= 1.
-    num_ranks
-        W, ranks of the expert-parallel group, >= 1. Only ``"fastmoe"`` depends on it.
+    probs_LTN, expert_index_LTK
+        Probabilities and choices of each layer, as :func:`topology_loss` takes them.
+    mask_T
+        ``[T]``, the same for every layer.
 
     Returns
     -------
-    float
-        theirs / ours. To reproduce a published weight, use ours times weight times this.
+    torch.Tensor
+        Scalar.
 
     Raises
     ------
     InputError
-        The convention is unknown or a number is below 1.
+        There is no layer, or their numbers differ.
 
     Examples
     --------
-    >>> convention_factor("transformers", top_k=2)
-    2.0
-    >>> convention_factor("fastmoe", top_k=2, num_ranks=8)
-    0.015625
+    >>> probs_LTN = [torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])]
+    >>> index_LTK = [torch.tensor([[0]]), torch.tensor([[1]])]
+    >>> pooled_balance_loss(probs_LTN, index_LTK).item()  # each layer alone: 2
+    1.0
     """
-    if convention not in CONVENTIONS:
+    if not probs_LTN or len(probs_LTN) != len(expert_index_LTK):
         raise InputError(
-            f"convention is {convention!r}; allowed: {', '.join(map(repr, CONVENTIONS))}"
+            f"probs_LTN has {len(probs_LTN)} layers and expert_index_LTK "
+            f"{len(expert_index_LTK)}; allowed: as many, one or more"
         )
-    for name, value in (("top_k", top_k), ("num_ranks", num_ranks)):
-        if value < 1:
-            raise InputError(f"{name} is {value}; allowed: >= 1")
-    if convention == "transformers":
-        return float(top_k)
-    return 1.0 / num_ranks**2 if convention == "fastmoe" else 1.0
+    mask = None if mask_T is None else mask_T.repeat(len(probs_LTN))
+    return balance_loss(torch.cat(list(probs_LTN)), torch.cat(list(expert_index_LTK)), mask)
 
 
-def _totals(
+def sequence_balance_loss(
     probs_TN: torch.Tensor,
     expert_index_TK: torch.Tensor,
-    mask_T: torch.Tensor | None,
-    least: int = 1,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Summed probabilities, counts and number of tokens (not below ``least``), in one dtype."""
-    probs_TN = probs_TN.to(torch.promote_types(probs_TN.dtype, torch.float32))
-    tokens = torch.full((), len(probs_TN), dtype=probs_TN.dtype, device=probs_TN.device)
-    if mask_T is not None:
-        keep_T = mask_T.bool()
-        # where, not a product: padding may hold NaN, and NaN · 0 is NaN.
-        probs_TN = torch.where(keep_T.unsqueeze(1), probs_TN, 0.0)
-        tokens = keep_T.sum().to(probs_TN.dtype)
-    counts_N = expert_counts(expert_index_TK, probs_TN.shape[1], mask_T).to(probs_TN.dtype)
-    return probs_TN.sum(0), counts_N, tokens.clamp_min(least)
+    num_sequences: int,
+    mask_T: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The balance loss of each sequence by itself, averaged (DeepSeek-V2 and -V3).
 
+    Parameters
+    ----------
+    probs_TN, expert_index_TK, mask_T
+        As for :func:`topology_loss`; the tokens of a sequence follow each other.
+    num_sequences
+        B, >= 1, divides T. A sequence of which no token is left counts as 0.
 
-def _check_shapes(
-    probs_TN: torch.Tensor,
-    expert_index_TK: torch.Tensor,
-    penalty_N: torch.Tensor | None,
-    mask_T: torch.Tensor | None,
-) -> int:
-    if probs_TN.ndim != 2 or expert_index_TK.ndim != 2 or len(probs_TN) != len(expert_index_TK):
+    Returns
+    -------
+    torch.Tensor
+        Scalar, 1 where every sequence is even.
+
+    Raises
+    ------
+    InputError
+        Shapes do not fit together.
+
+    Examples
+    --------
+    >>> probs_TN, index_TK = torch.eye(2), torch.tensor([[0], [1]])
+    >>> balance_loss(probs_TN, index_TK).item(), sequence_balance_loss(probs_TN, index_TK, 2).item()
+    (1.0, 2.0)
+    """
+    num_experts = check_shapes(probs_TN, expert_index_TK, None, mask_T)
+    tokens, top_k = expert_index_TK.shape
+    if num_sequences < 1 or tokens % num_sequences:
         raise InputError(
-            f"probs_TN is {tuple(probs_TN.shape)} and expert_index_TK "
-            f"{tuple(expert_index_TK.shape)}; allowed: (tokens, experts) and (tokens, choices)"
+            f"num_sequences is {num_sequences}; allowed: 1 or more that divide the {tokens} tokens"
         )
-    if penalty_N is not None and penalty_N.shape != probs_TN.shape[1:]:
-        raise InputError(
-            f"penalty_N is {tuple(penalty_N.shape)} and probs_TN has {probs_TN.shape[1]} experts; "
-            f"allowed: one number an expert"
-        )
-    if mask_T is not None and mask_T.shape != probs_TN.shape[:1]:
-        raise InputError(
-            f"mask_T is {tuple(mask_T.shape)} and probs_TN has {len(probs_TN)} tokens; "
-            f"allowed: one number a token"
-        )
-    return probs_TN.shape[1]
+    wide_TN, keep_T = widened(probs_TN, mask_T)
+    length = tokens // num_sequences
+    mass_BN = wide_TN.reshape(num_sequences, length, num_experts).sum(1)
+    left_B1 = keep_T.reshape(num_sequences, length, 1).sum(1).clamp_min(1).to(wide_TN.dtype)
+    # Every sequence has experts of its own, so that one count serves all of them.
+    sequence_T1 = torch.arange(num_sequences, device=probs_TN.device).repeat_interleave(length)[
+        :, None
+    ]
+    apart_TK = torch.where(expert_index_TK < 0, -1, expert_index_TK + num_experts * sequence_T1)
+    counts = expert_counts(apart_TK, num_sequences * num_experts, keep_T).to(wide_TN.dtype)
+    share_BN = counts.reshape(num_sequences, num_experts) / (max(top_k, 1) * left_B1)
+    return num_experts * (mass_BN / left_B1 * share_BN).sum(1).mean()

@@ -5,50 +5,53 @@ Shape suffixes: T tokens, D hidden size, K choices, N experts of the whole group
 
 from __future__ import annotations
 
-import math
-import warnings
 from abc import ABC, abstractmethod
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tamoe.balance import balance_loss, group_balance_loss, sequence_balance_loss
 from tamoe.bias import TopologyBias
-from tamoe.capacity import (
-    DROP_POLICIES,
-    DropPolicy,
-    TopologyCapacity,
-    checked_factor,
-    even_capacity,
-    within_capacity,
-)
-from tamoe.functional import balance_loss, expert_counts, group_balance_loss
-from tamoe.loss import TopologyLoss
-from tamoe.plan_module import PlanModule
+from tamoe.capacity import DropPolicy, TopologyCapacity, even_capacity, within_capacity
+from tamoe.expert_bias import ExpertBias
+from tamoe.gate_checks import check_finite, check_gate
+from tamoe.group_limit import GroupLimit
+from tamoe.loss_totals import expert_counts
+from tamoe.router_losses import z_loss
 from tamoe.routing import Routing
 from tamoe.scope import mark_scope
-from tamoe.topology.errors import InputError, whole
+from tamoe.steering_loss import SteeringLoss
+from tamoe.topology.errors import InputError
 
 if TYPE_CHECKING:
     from tamoe.groups import Group
 
 Scope = Literal["shared", "rank"]
 Weights = Literal["chosen", "full"]
+BalanceOver = Literal["rank", "group", "sequence"]
+BalanceCounts = Literal["all", "first"]
 
 
 class GateOptions(TypedDict, total=False):
     """Keyword arguments that every gate takes; :class:`Gate` describes them."""
 
     scope: Scope
-    steer: TopologyLoss | TopologyBias | None
+    steer: SteeringLoss | TopologyBias | None
+    expert_bias: ExpertBias | None
+    limit: GroupLimit | None
     capacity: float | TopologyCapacity | None
     drop: DropPolicy
     weights: Weights | None
     renormalize: bool
+    jitter: float
     aux_weight: float | None
-    balance_over: Literal["rank", "group"] | None
+    z_weight: float
+    balance_over: BalanceOver | None
+    balance_counts: BalanceCounts
+    sequence_length: int | None
     group: Group
     auto_update: bool
     generator: torch.Generator | None
@@ -56,8 +59,16 @@ class GateOptions(TypedDict, total=False):
     dtype: torch.dtype | None
 
 
+class Scored(NamedTuple):
+    """The logits that a gate goes by, and what a noisy one made them of."""
+
+    logits_TN: torch.Tensor
+    clean_TN: torch.Tensor | None = None
+    spread_TN: torch.Tensor | None = None  # standard deviation of the noise
+
+
 class Gate(nn.Module, ABC):
-    """Base of the gates; use :class:`NaiveGate`, :class:`SwitchGate` or :class:`GShardGate`.
+    """Base of the gates of :mod:`tamoe.gates`: what all of them can do, and their options.
 
     Parameters
     ----------
@@ -72,7 +83,12 @@ class Gate(nn.Module, ABC):
         its own, never averaged; a checkpoint keys it by rank. Only a mark on the parameters
         (:mod:`tamoe.scope`): equal initial values on all ranks are the caller's business.
     steer
-        :class:`~tamoe.TopologyLoss`, :class:`~tamoe.TopologyBias` or None.
+        :class:`~tamoe.TopologyBias`; a loss for a gate of each rank (:class:`~tamoe.TopologyLoss`,
+        :mod:`tamoe.divergence`); or None.
+    expert_bias
+        :class:`~tamoe.ExpertBias`: balances load without a loss, for selection only.
+    limit
+        :class:`~tamoe.GroupLimit`: a token's experts lie in few groups, such as nodes.
     capacity
         None: no limit. A number: equal capacities, ceil(number · k·T/N) choices per rank and
         expert. :class:`~tamoe.capacity.TopologyCapacity`: in proportion to the target.
@@ -86,14 +102,24 @@ class Gate(nn.Module, ABC):
         softmax of a single logit is always 1 and would teach the gate nothing.
     renormalize
         Whether what is left of a token takes over the weight of its dropped choices.
+    jitter
+        In training the gate's *input* is multiplied by U(1 - jitter, 1 + jitter) element by
+        element; 0 to 1. Switch Transformer uses 0.01.
     aux_weight
-        Factor of the loss in ``Routing.aux_loss``, >= 0. The loss is 1 at even routing: the
-        topology loss where ``steer`` is one, else the balance loss. None: 0.01, but 0 for a
-        NaiveGate that no loss steers.
+        Factor of the loss in ``Routing.aux_loss``, >= 0. The topology loss where ``steer``
+        is one, else the balance loss (1 at even routing), plus ``steer`` where that is another
+        loss. None: 0.01, but 0 for a NaiveGate that no loss steers.
+    z_weight
+        Factor of :func:`tamoe.functional.z_loss`, >= 0. ST-MoE uses 0.001.
     balance_over
-        Balance loss on the numbers of this ``"rank"`` or averaged over the ``"group"`` (one small
-        all-reduce a batch, in training mode only). None: ``"group"`` beside a TopologyBias, where
-        every rank is uneven on purpose, else ``"rank"``.
+        Balance loss on the numbers of this ``"rank"``, averaged over the ``"group"`` (one small
+        all-reduce a batch, in training mode only), or of each ``"sequence"``. None: ``"group"``
+        beside a TopologyBias, where every rank is uneven on purpose, else ``"rank"``.
+    balance_counts
+        Whether the balance loss counts ``"all"`` choices, or the ``"first"`` of each token alone,
+        as those of GShard, FastMoE and DeepSpeed's top-2 do, which leave the others free.
+    sequence_length
+        Tokens of a sequence, for ``balance_over="sequence"``.
     group
         For ``balance_over="group"``: ProcessGroup, 1-D DeviceMesh or None for the default group.
     auto_update
@@ -108,13 +134,14 @@ class Gate(nn.Module, ABC):
     Raises
     ------
     InputError
-        An argument is out of range, does not fit the plan of ``steer``, or capacity and drop
-        contradict each other.
+        An argument is out of range, does not fit the plan of ``steer``, or arguments contradict
+        each other. In :meth:`forward` on the CPU: a token's logits are not finite. A device is not
+        asked, since that would wait for it.
 
     Warns
     -----
     UserWarning
-        A shared gate is steered by a TopologyLoss, which cannot make it local.
+        A shared gate is steered by a loss, which cannot make it local.
     """
 
     def __init__(
@@ -124,13 +151,19 @@ class Gate(nn.Module, ABC):
         *,
         top_k: int,
         scope: Scope = "shared",
-        steer: TopologyLoss | TopologyBias | None = None,
+        steer: SteeringLoss | TopologyBias | None = None,
+        expert_bias: ExpertBias | None = None,
+        limit: GroupLimit | None = None,
         capacity: float | TopologyCapacity | None = None,
         drop: DropPolicy = "none",
         weights: Weights | None = None,
         renormalize: bool = False,
+        jitter: float = 0.0,
         aux_weight: float | None = None,
-        balance_over: Literal["rank", "group"] | None = None,
+        z_weight: float = 0.0,
+        balance_over: BalanceOver | None = None,
+        balance_counts: BalanceCounts = "all",
+        sequence_length: int | None = None,
         group: Group = None,
         auto_update: bool = True,
         generator: torch.Generator | None = None,
@@ -140,14 +173,17 @@ class Gate(nn.Module, ABC):
         super().__init__()
         self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
         self.scope, self.steer, self.capacity, self.drop = scope, steer, capacity, drop
+        self.expert_bias, self.limit = expert_bias, limit
+        self.jitter, self.z_weight = float(jitter), float(z_weight)
         self.weights = weights or ("full" if top_k == 1 else "chosen")
         self.renormalize, self.auto_update, self.generator = renormalize, auto_update, generator
         self.aux_weight = self._default_aux_weight() if aux_weight is None else float(aux_weight)
         beside_bias = isinstance(steer, TopologyBias)
         self.balance_over = balance_over or ("group" if beside_bias else "rank")
+        self.balance_counts, self.sequence_length = balance_counts, sequence_length
         self.group = group
         self.steering = True  # see tamoe.gates.steering
-        self._check()
+        check_gate(self)
         self.weight = nn.Parameter(
             torch.empty(num_experts, hidden_size, device=device, dtype=dtype)
         )
@@ -182,16 +218,16 @@ class Gate(nn.Module, ABC):
             )
         if mask_T is not None and mask_T.shape != x_TD.shape[:1]:
             raise InputError(f"mask_T is {tuple(mask_T.shape)}; allowed: ({len(x_TD)},)")
-        logits_TN = self._logits(x_TD)
-        probs_TN = logits_TN.softmax(1)
+        scored = self._score(self._jittered(x_TD))
+        logits_TN = scored.logits_TN
+        check_finite(logits_TN, mask_T)
+        probs_TN = self._probs(logits_TN)
         index_TK = self._select(logits_TN.detach(), mask_T)
         weight_TK = self._weigh(logits_TN, probs_TN, index_TK)
         if mask_T is not None:
             index_TK = index_TK.masked_fill(~mask_T.bool().unsqueeze(1), -1)
-        aux_loss = self._aux_loss(probs_TN, index_TK, mask_T)
-        bias = self._bias()
-        if bias is not None and self.training and self.auto_update:
-            bias.update(expert_counts(index_TK, self.num_experts))
+        aux_loss = self._aux_loss(scored, probs_TN, index_TK, mask_T)
+        self._update(index_TK)
         index_TK = self._drop_at_random(index_TK, weight_TK.detach())
         index_TK = self._drop_over_capacity(index_TK, probs_TN.detach(), mask_T)
         return Routing(index_TK, self._keep_weight(weight_TK, index_TK), probs_TN, aux_loss)
@@ -207,25 +243,51 @@ class Gate(nn.Module, ABC):
     @abstractmethod
     def _default_aux_weight(self) -> float: ...
 
-    def _logits(self, x_TD: torch.Tensor) -> torch.Tensor:
-        # Narrow types round logits enough to flip choices (Switch Transformer, section 2.4).
-        dtype = torch.promote_types(
-            torch.promote_types(x_TD.dtype, self.weight.dtype), torch.float32
-        )
-        device = x_TD.device.type
-        # meta, where shapes are traced, knows no autocast.
-        with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
-            return F.linear(x_TD.to(dtype), self.weight.to(dtype))
+    def _score(self, x_TD: torch.Tensor) -> Scored:
+        return Scored(wide_linear(x_TD, self.weight))
+
+    def _jittered(self, x_TD: torch.Tensor) -> torch.Tensor:
+        if not (self.training and self.jitter):
+            return x_TD
+        return x_TD * (1 + self.jitter * (2 * self._uniform(x_TD) - 1))
+
+    def _uniform(self, like: torch.Tensor) -> torch.Tensor:
+        """U(0, 1) in float32, of the shape and on the device of ``like``."""
+        shape, device = like.shape, like.device
+        return torch.rand(shape, generator=self.generator, device=device, dtype=torch.float32)
+
+    def _probs(self, logits_TN: torch.Tensor) -> torch.Tensor:
+        return logits_TN.softmax(1)
+
+    def _scores(self, logits_TN: torch.Tensor) -> torch.Tensor:
+        """What selection ranks, before biases."""
+        return logits_TN
 
     def _bias(self) -> TopologyBias | None:
         return self.steer if self.steering and isinstance(self.steer, TopologyBias) else None
 
     def _select(self, logits_TN: torch.Tensor, mask_T: torch.Tensor | None) -> torch.Tensor:
+        score_TN = self._biased(self._scores(logits_TN), mask_T)
+        if self.limit is not None:
+            score_TN = score_TN.masked_fill(~self.limit(score_TN), -torch.inf)
+        return best_experts(score_TN, self.top_k)
+
+    def _biased(self, score_TN: torch.Tensor, mask_T: torch.Tensor | None) -> torch.Tensor:
         bias = self._bias()
+        shift_N = 0.0 if bias is None else bias(score_TN, mask_T)
+        if self.expert_bias is not None:
+            shift_N = shift_N + self.expert_bias.bias_N
+        return score_TN + shift_N
+
+    def _update(self, index_TK: torch.Tensor) -> None:
+        bias = self._bias()
+        if not (self.training and self.auto_update) or (bias is None and self.expert_bias is None):
+            return
+        counts_N = expert_counts(index_TK, self.num_experts)
         if bias is not None:
-            logits_TN = logits_TN + bias(logits_TN, mask_T)
-        # A stable sort, not topk: equal logits go to the lower expert on every device.
-        return logits_TN.sort(dim=1, descending=True, stable=True).indices[:, : self.top_k]
+            bias.update(counts_N)
+        if self.expert_bias is not None:
+            self.expert_bias.update(counts_N)
 
     def _weigh(
         self, logits_TN: torch.Tensor, probs_TN: torch.Tensor, index_TK: torch.Tensor
@@ -235,15 +297,45 @@ class Gate(nn.Module, ABC):
         return logits_TN.gather(1, index_TK).softmax(1)
 
     def _aux_loss(
-        self, probs_TN: torch.Tensor, index_TK: torch.Tensor, mask_T: torch.Tensor | None
+        self,
+        scored: Scored,
+        probs_TN: torch.Tensor,
+        index_TK: torch.Tensor,
+        mask_T: torch.Tensor | None,
     ) -> torch.Tensor:
+        loss = probs_TN.new_zeros(())
+        if self.z_weight:
+            loss = loss + self.z_weight * z_loss(scored.logits_TN, mask_T)
         if self.aux_weight == 0:
-            return probs_TN.new_zeros(())
-        if isinstance(self.steer, TopologyLoss):
-            return self.aux_weight * self.steer(probs_TN, index_TK, mask_T)
+            return loss
+        steer = self.steer if isinstance(self.steer, SteeringLoss) else None
+        if steer is not None:
+            loss = loss + self.aux_weight * steer(probs_TN, index_TK, mask_T)
+        if steer is None or not steer.keeps_balance:
+            loss = loss + self.aux_weight * self._balance_loss(scored, probs_TN, index_TK, mask_T)
+        return loss
+
+    def _balance_loss(
+        self,
+        scored: Scored,
+        probs_TN: torch.Tensor,
+        index_TK: torch.Tensor,
+        mask_T: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if self.balance_counts == "first":
+            index_TK = index_TK[:, :1]
+        if self.balance_over == "sequence":
+            assert self.sequence_length is not None
+            if len(index_TK) % self.sequence_length:
+                raise InputError(
+                    f"sequence_length is {self.sequence_length} and there are {len(index_TK)} "
+                    f"tokens; allowed: whole sequences"
+                )
+            num_sequences = max(len(index_TK) // self.sequence_length, 1)
+            return sequence_balance_loss(probs_TN, index_TK, num_sequences, mask_T)
         if self.balance_over == "group" and self.training:
-            return self.aux_weight * group_balance_loss(probs_TN, index_TK, self.group, mask_T)
-        return self.aux_weight * balance_loss(probs_TN, index_TK, mask_T)
+            return group_balance_loss(probs_TN, index_TK, self.group, mask_T)
+        return balance_loss(probs_TN, index_TK, mask_T)
 
     def _drop_at_random(self, index_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
         return index_TK
@@ -257,9 +349,7 @@ class Gate(nn.Module, ABC):
         if self.drop == "probs":
             priority_TK = probs_TN.gather(1, index_TK.clamp_min(0))
         elif self.drop == "random":
-            priority_TK = torch.rand(
-                index_TK.shape, generator=self.generator, device=index_TK.device
-            )
+            priority_TK = self._uniform(index_TK)
         capacity_N = self._capacity_N(index_TK, mask_T)
         return index_TK.masked_fill(~within_capacity(index_TK, capacity_N, priority_TK), -1)
 
@@ -281,65 +371,27 @@ class Gate(nn.Module, ABC):
         left_T1 = kept_TK.sum(1, keepdim=True)
         return kept_TK * (weight_TK.sum(1, keepdim=True) / torch.where(left_T1 > 0, left_T1, 1.0))
 
-    def _check(self) -> None:
-        for name, size in (("hidden_size", self.hidden_size), ("num_experts", self.num_experts)):
-            whole(name, size, 1)
-        whole("top_k", self.top_k, 1, self.num_experts)
-        _check_choice("scope", self.scope, ("shared", "rank"))
-        _check_choice("drop", self.drop, DROP_POLICIES)
-        _check_choice("weights", self.weights, ("chosen", "full"))
-        _check_choice("balance_over", self.balance_over, ("rank", "group"))
-        if not (math.isfinite(self.aux_weight) and self.aux_weight >= 0):
-            raise InputError(f"aux_weight is {self.aux_weight}; allowed: finite and >= 0")
-        if self.steer is not None and not isinstance(self.steer, TopologyLoss | TopologyBias):
-            raise InputError(
-                f"steer is {type(self.steer).__name__}; allowed: TopologyLoss, TopologyBias, None"
-            )
-        self._check_capacity()
-        self._check_plan("steer", self.steer)
-        if self.scope == "shared" and isinstance(self.steer, TopologyLoss):
-            _warn_shared_loss(self.steer)
 
-    def _check_capacity(self) -> None:
-        if (self.capacity is None) != (self.drop == "none"):
-            raise InputError(
-                f"capacity is {self.capacity} and drop {self.drop!r}; allowed: a capacity with "
-                f"'probs', 'position' or 'random', or capacity None with 'none'"
-            )
-        if isinstance(self.capacity, TopologyCapacity):
-            self._check_plan("capacity", self.capacity)
-        elif self.capacity is not None:
-            self.capacity = checked_factor("capacity", self.capacity)
+def best_experts(score_TN: torch.Tensor, top_k: int) -> torch.Tensor:
+    """The experts of the k highest scores, ``[T, K]``; of equal scores the lower expert's.
 
-    def _check_plan(self, name: str, module: PlanModule | None) -> None:
-        if module is None:
-            return
-        if module.num_experts != self.num_experts:
-            raise InputError(
-                f"{name}: its plan has {module.num_experts} experts and the gate "
-                f"{self.num_experts}; allowed: the same number"
-            )
-        largest = float(module.share_N.max())
-        if largest * self.top_k > 1 + 1e-6:
-            raise InputError(
-                f"{name}: its plan sends {largest:.3f} of a rank's choices to one expert; allowed "
-                f"with top_k={self.top_k}: at most {1 / self.top_k:.3f}, since a token takes an "
-                f"expert once. Solve with Workload(top_k={self.top_k})"
-            )
+    >>> best_experts(torch.tensor([[1.0, 3.0, 3.0]]), 2).tolist()
+    [[1, 2]]
+    """
+    # A stable sort, not topk: equal logits go to the lower expert on every device.
+    return score_TN.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
 
 
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise InputError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}")
+def wide_linear(x_TD: torch.Tensor, weight_ND: torch.Tensor) -> torch.Tensor:
+    """Products of tokens and experts' vectors, ``[T, N]`` in float32 or wider.
 
+    Narrow types round logits enough to flip choices (Switch Transformer, section 2.4).
 
-def _warn_shared_loss(loss: TopologyLoss) -> None:
-    if loss.is_even:
-        return
-    warnings.warn(
-        "scope='shared' with a TopologyLoss: the ranks' losses average out over one gate. On "
-        "symmetric clusters nothing becomes local, on others experts become uneven. Use "
-        "scope='rank', or steer a shared gate with a TopologyBias",
-        UserWarning,
-        stacklevel=5,
-    )
+    >>> wide_linear(torch.ones(2, 4, dtype=torch.bfloat16), torch.ones(3, 4)).dtype
+    torch.float32
+    """
+    dtype = torch.promote_types(torch.promote_types(x_TD.dtype, weight_ND.dtype), torch.float32)
+    device = x_TD.device.type
+    # meta, where shapes are traced, knows no autocast.
+    with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
+        return F.linear(x_TD.to(dtype), weight_ND.to(dtype))

@@ -1,7 +1,8 @@
 """The gates: a token's vector in, its experts and their weights out.
 
-All are top-k over linear logits (:class:`tamoe.Gate`) and differ in how they weigh, drop and
-balance. How a Plan steers them is one argument, ``steer``:
+All are top-k over linear logits (:class:`tamoe.Gate`) and differ in how they score, weigh, drop and
+balance. DeepSeek-V3's is :class:`SigmoidGate` with ``expert_bias`` and ``limit``. How a Plan steers
+them is one argument, ``steer``:
 
 - ``scope="rank"`` with :class:`~tamoe.TopologyLoss`: each rank trains a gate of its own towards
   its target, as in TA-MoE. What happens to a token then depends on the rank that it sits on.
@@ -13,19 +14,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
 
-from tamoe.gate import Gate, GateOptions
-from tamoe.loss import TopologyLoss
-from tamoe.topology.errors import InputError
+from tamoe.faster_gate import FasterGate
+from tamoe.gate import Gate, GateOptions, Scored
+from tamoe.gate_checks import check_choice
+from tamoe.noisy_gate import NoisyGate
+from tamoe.sigmoid_gate import SigmoidGate
+from tamoe.steering_loss import SteeringLoss
 
 if TYPE_CHECKING:
     from typing import Unpack
 
-__all__ = ["GShardGate", "Gate", "NaiveGate", "SwitchGate", "steering"]
+__all__ = [
+    "FasterGate",
+    "GShardGate",
+    "Gate",
+    "NaiveGate",
+    "NoisyGate",
+    "SigmoidGate",
+    "SwitchGate",
+    "steering",
+]
 
 
 class NaiveGate(Gate):
@@ -34,9 +47,7 @@ class NaiveGate(Gate):
     Parameters
     ----------
     hidden_size, num_experts, top_k, options
-        See :class:`tamoe.Gate`: ``scope``, ``steer``, ``capacity``, ``drop``, ``weights``,
-        ``renormalize``, ``aux_weight``, ``balance_over``, ``group``, ``auto_update``,
-        ``generator``, ``device``, ``dtype``.
+        See :class:`tamoe.Gate`: capacities, drops, jitter, losses, steering and more.
 
     Examples
     --------
@@ -57,7 +68,7 @@ class NaiveGate(Gate):
         super().__init__(hidden_size, num_experts, top_k=top_k, **options)
 
     def _default_aux_weight(self) -> float:
-        return 0.01 if isinstance(self.steer, TopologyLoss) else 0.0
+        return 0.01 if isinstance(self.steer, SteeringLoss) else 0.0
 
 
 class SwitchGate(Gate):
@@ -66,12 +77,9 @@ class SwitchGate(Gate):
     Parameters
     ----------
     hidden_size, num_experts, options
-        See :class:`tamoe.Gate`: ``scope``, ``steer``, ``capacity``, ``drop``, ``weights``,
-        ``renormalize``, ``aux_weight``, ``balance_over``, ``group``, ``auto_update``,
-        ``generator``, ``device``, ``dtype``.
-    jitter
-        In training the gate's *input* is multiplied by U(1 - jitter, 1 + jitter) element by
-        element; 0 to 1. The paper uses 0.01.
+        See :class:`tamoe.Gate`: capacities, drops, jitter, losses, steering and more.
+    jitter_on
+        ``"input"``, or ``"logits"``, to which FastMoE *adds* U(1 - jitter, 1 + jitter).
 
     Examples
     --------
@@ -85,24 +93,25 @@ class SwitchGate(Gate):
         hidden_size: int,
         num_experts: int,
         *,
-        jitter: float = 0.0,
+        jitter_on: Literal["input", "logits"] = "input",
         **options: Unpack[GateOptions],
     ) -> None:
-        if not 0 <= jitter < 1:
-            raise InputError(f"jitter is {jitter}; allowed: 0 to 1, without 1")
+        check_choice("jitter_on", jitter_on, ("input", "logits"))
         super().__init__(hidden_size, num_experts, top_k=1, **options)
-        self.jitter = jitter
+        self.jitter_on = jitter_on
 
     def _default_aux_weight(self) -> float:
         return 0.01
 
-    def _logits(self, x_TD: torch.Tensor) -> torch.Tensor:
-        if self.training and self.jitter:
-            noise_TD = torch.rand(
-                x_TD.shape, generator=self.generator, device=x_TD.device, dtype=torch.float32
-            )
-            x_TD = x_TD * (1 + self.jitter * (2 * noise_TD - 1))
-        return super()._logits(x_TD)
+    def _jittered(self, x_TD: torch.Tensor) -> torch.Tensor:
+        return x_TD if self.jitter_on == "logits" else super()._jittered(x_TD)
+
+    def _score(self, x_TD: torch.Tensor) -> Scored:
+        scored = super()._score(x_TD)
+        if not (self.training and self.jitter and self.jitter_on == "logits"):
+            return scored
+        noise_TN = 1 + self.jitter * (2 * self._uniform(scored.logits_TN) - 1)
+        return Scored(scored.logits_TN + noise_TN)
 
 
 class GShardGate(Gate):
@@ -111,9 +120,7 @@ class GShardGate(Gate):
     Parameters
     ----------
     hidden_size, num_experts, top_k, options
-        See :class:`tamoe.Gate`: ``scope``, ``steer``, ``capacity``, ``drop``, ``weights``,
-        ``renormalize``, ``aux_weight``, ``balance_over``, ``group``, ``auto_update``,
-        ``generator``, ``device``, ``dtype``.
+        See :class:`tamoe.Gate`: capacities, drops, jitter, losses, steering and more.
     random_routing
         True: in training each choice after the first is dropped where twice its share of the
         token's weight is below U(0, 1), before capacity is granted. GShard does so; here it is
@@ -145,8 +152,7 @@ class GShardGate(Gate):
         if not (self.training and self.random_routing):
             return index_TK
         share_TK = weight_TK / weight_TK.sum(1, keepdim=True)
-        noise_TK = torch.rand(weight_TK.shape, generator=self.generator, device=weight_TK.device)
-        drop_TK = 2 * share_TK < noise_TK
+        drop_TK = 2 * share_TK < self._uniform(weight_TK)
         drop_TK[:, 0] = False
         return index_TK.masked_fill(drop_TK, -1)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
 
-from tamoe.functional import topology_loss
-from tamoe.plan_module import PlanModule, PlanRows, checked_row
+from tamoe.balance import topology_loss
+from tamoe.plan_module import PlanRows, checked_row
+from tamoe.steering_loss import SteeringLoss
 from tamoe.topology.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 Norm = Literal["sum", "softmax"]
 
 
-class TopologyLoss(PlanModule):
+class TopologyLoss(SteeringLoss):
     """The topology loss of one rank: 1 at even routing, with the rank's target as fixed point.
 
     The gate has to differ by rank: with one gate shared by all ranks the losses of the ranks
@@ -68,7 +69,7 @@ class TopologyLoss(PlanModule):
     1.0
     """
 
-    penalty_N: torch.Tensor
+    keeps_balance: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -81,30 +82,15 @@ class TopologyLoss(PlanModule):
     ) -> None:
         if norm not in ("sum", "softmax"):
             raise InputError(f"norm is {norm!r}; allowed: 'sum', 'softmax'")
-        super().__init__(plan, group, rank)
-        self.norm: Norm = norm
+        self.norm: Norm = norm  # what follows reads it
+        super().__init__(plan, group, rank, device)
         if norm == "softmax":
             _warn_softmax()
-        self._row_N = self._penalty(plan)
-        penalty_N = torch.empty(self.num_experts, dtype=torch.float32, device=device)
-        self.register_buffer("penalty_N", penalty_N, persistent=False)
-        self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Write the plan's penalties into the buffer."""
-        self.penalty_N.copy_(torch.from_numpy(self._row_N))
-
-    def set_plan(self, plan: PlanRows) -> None:
-        """Follow another Plan of the same ranks and experts from now on.
-
-        Raises
-        ------
-        InputError
-            The plan has another number of ranks or experts.
-        """
-        self._adopt(plan)
-        self._row_N = self._penalty(plan)
-        self.reset_parameters()
+    @property
+    def penalty_N(self) -> torch.Tensor:
+        """Weights of the experts' terms, ``[N]``, mean 1."""
+        return self.row_N
 
     def forward(
         self,
@@ -113,13 +99,13 @@ class TopologyLoss(PlanModule):
         mask_T: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The loss of a batch, a scalar; see :func:`tamoe.functional.topology_loss`."""
-        return topology_loss(probs_TN, expert_index_TK, self.penalty_N, mask_T)
+        return topology_loss(probs_TN, expert_index_TK, self.row_N, mask_T)
 
     def extra_repr(self) -> str:
         """Rank, size and norm, for ``print(model)``."""
         return f"{super().extra_repr()}, norm={self.norm!r}"
 
-    def _penalty(self, plan: PlanRows) -> np.ndarray:
+    def _row(self, plan: PlanRows) -> np.ndarray:
         row_N = checked_row("penalty_N", plan.penalty_N(self.rank, self.norm), self.num_experts)
         if not (row_N > 0).all():
             raise InputError(f"plan: penalty_N of rank {self.rank} has values <= 0; allowed: > 0")

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import reprlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import torch
-from torch import nn
 
+from tamoe.float32_state import Float32State
 from tamoe.groups import group_rank, group_size, is_distributed
 from tamoe.topology.errors import InputError, whole
 
 if TYPE_CHECKING:
-    from typing import Self
-
     from tamoe.groups import Group
     from tamoe.scope import Scope
 
@@ -104,12 +100,11 @@ def checked_row(name: str, values_N: np.ndarray, num_experts: int) -> np.ndarray
     return row_N
 
 
-class PlanModule(nn.Module, ABC):
+class PlanModule(Float32State, ABC):
     """A module made of one rank's row of a Plan.
 
-    Its buffers stay float32 when a model is cast to a narrower type: bfloat16 keeps three digits,
-    a target needs more. They differ by rank (``tamoe_scope``), so nothing may broadcast or average
-    them: give DistributedDataParallel ``broadcast_buffers=False``.
+    Its buffers stay float32 and differ by rank (``tamoe_scope``), so nothing may broadcast or
+    average them: give DistributedDataParallel ``broadcast_buffers=False``.
     """
 
     tamoe_scope: Scope = "rank"
@@ -149,16 +144,6 @@ class PlanModule(nn.Module, ABC):
         if (target_N < 0).any() or not target_N.sum() > 0:
             raise InputError("plan: target_N has negative numbers or sums to 0; allowed: >= 0")
         return target_N / target_N.sum()
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:
-                source = new if old.is_meta else old
-                self._buffers[name] = source.to(device=new.device, dtype=old.dtype)
-        return self
 
     def extra_repr(self) -> str:
         """Rank and size, for ``print(model)``."""

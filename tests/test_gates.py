@@ -459,7 +459,7 @@ def test_scopes_that_torch_drops_are_restored(lose):
         ({"aux_weight": -1}, "aux_weight is -1.0; allowed: finite and >= 0"),
         ({"weights": "all"}, "weights is 'all'; allowed: 'chosen', 'full'"),
         ({"balance_over": "node"}, "balance_over is 'node'; allowed: 'rank', 'group'"),
-        ({"steer": nn.Linear(1, 1)}, "steer is Linear; allowed: TopologyLoss, TopologyBias, None"),
+        ({"steer": nn.Linear(1, 1)}, "steer is Linear; allowed: TopologyLoss, TargetDivergence"),
         (
             {"steer": TopologyBias(two_nodes(ranks_per_node=2), rank=0)},
             "steer: its plan has 4 experts and the gate 8",

@@ -1,0 +1,406 @@
+"""tamoe's gates and losses against the code of others, on random inputs: the largest errors.
+
+Run it (about a minute on two cores; each framework that is not installed is left out)::
+
+    python -m tamoe.experiments.oracles -o oracles.json
+
+An error is the largest difference of a number, or how many choices differ. Frameworks count drops,
+choices and places as integers, so those have to agree exactly.
+
+Shape suffixes: T tokens, K choices, N experts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tamoe.capacity import even_capacity, within_capacity
+from tamoe.functional import (
+    balance_loss,
+    convention_factor,
+    expert_counts,
+    pooled_balance_loss,
+    sequence_balance_loss,
+    z_loss,
+)
+from tamoe.gates import Gate, GShardGate, NaiveGate, SigmoidGate, SwitchGate
+from tamoe.group_limit import GroupLimit
+from tamoe.topology.documents import check_writable, write_document
+
+SCHEMA, SCHEMA_VERSION = "tamoe.experiment.oracles", "1.0"
+app = typer.Typer(add_completion=False)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A function of tamoe against one of another package."""
+
+    function: str
+    oracle: str
+    package: str  # to import
+    error: Callable[[torch.Generator], float]  # of one random input
+
+
+def draw_logits(
+    generator: torch.Generator, most_experts: int = 12, least_experts: int = 2
+) -> torch.Tensor:
+    """``[T, N]`` logits of some spread, without ties."""
+    tokens = int(torch.randint(4, 40, (), generator=generator))
+    experts = int(torch.randint(least_experts, most_experts + 1, (), generator=generator))
+    spread = (0.1, 1.0, 5.0)[int(torch.randint(0, 3, (), generator=generator))]
+    return spread * torch.randn(tokens, experts, generator=generator)
+
+
+def draw_whole(generator: torch.Generator, low: int, high: int) -> int:
+    """A whole number from low to high."""
+    return int(torch.randint(low, high + 1, (), generator=generator))
+
+
+def routed(gate: Gate, logits_TN: torch.Tensor) -> Any:
+    """What a gate does with given logits: its weight is the identity."""
+    with torch.no_grad():
+        gate.weight.copy_(torch.eye(logits_TN.shape[1]))
+    return gate(logits_TN)
+
+
+def chosen_map(index_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """``[T, N]`` bool, True where a token goes to an expert."""
+    found_TN = torch.zeros(len(index_TK), num_experts + 1, dtype=torch.bool)
+    found_TN.scatter_(1, torch.where(index_TK < 0, num_experts, index_TK), True)
+    return found_TN[:, :num_experts]
+
+
+def differ(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference of numbers, or how many flags differ."""
+    if a.dtype == torch.bool or b.dtype == torch.bool:
+        return float((a.bool() != b.bool()).sum())
+    return float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
+
+
+# ---- DeepSpeed ----------------------------------------------------------------------------------
+
+
+def _deepspeed() -> Any:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.moe import sharded_moe
+
+    return sharded_moe
+
+
+def top1_counts_and_loss(generator: torch.Generator) -> float:
+    """Counts before drops, kept counts and loss of ``top1gating`` with random selection."""
+    logits_TN = draw_logits(generator)
+    num_experts, factor = logits_TN.shape[1], (0.5, 1.0, 1.25)[draw_whole(generator, 0, 2)]
+    loss, _, mask_TNC, counts_N = _deepspeed().top1gating(logits_TN.clone(), factor, 0)
+    gate = SwitchGate(num_experts, num_experts, capacity=factor, drop="random", aux_weight=1.0)
+    routing = routed(gate, logits_TN)
+    kept_N = expert_counts(routing.expert_index_TK, num_experts)
+    before_N = expert_counts(logits_TN.argmax(1, keepdim=True), num_experts)
+    return max(
+        differ(routing.aux_loss, loss),
+        differ(kept_N, mask_TNC.sum((0, 2))),
+        differ(before_N, counts_N),
+    )
+
+
+def top1_without_drops(generator: torch.Generator) -> float:
+    """Dispatch set and weights of ``top1gating`` that drops nothing."""
+    logits_TN = draw_logits(generator)
+    num_experts = logits_TN.shape[1]
+    _, combine_TNC, mask_TNC, _ = _deepspeed().top1gating(
+        logits_TN.clone(), 1.0, 0, drop_tokens=False
+    )
+    routing = routed(SwitchGate(num_experts, num_experts), logits_TN)
+    weight_T = combine_TNC.sum((1, 2))
+    return max(
+        differ(chosen_map(routing.expert_index_TK, num_experts), mask_TNC.any(2)),
+        differ(routing.weight_TK[:, 0], weight_T),
+    )
+
+
+def top2(generator: torch.Generator) -> float:
+    """Dispatch set, weights and loss of ``top2gating``, which drops by position."""
+    logits_TN = draw_logits(generator)
+    num_experts, factor = logits_TN.shape[1], (0.5, 1.0, 1.25)[draw_whole(generator, 0, 2)]
+    loss, combine_TNC, mask_TNC, _ = _deepspeed().top2gating(
+        logits_TN.clone(), factor, 0, top2_2nd_expert_sampling=False
+    )
+    gate = GShardGate(
+        num_experts,
+        num_experts,
+        capacity=factor,
+        drop="position",
+        renormalize=True,
+        aux_weight=1.0,
+        balance_counts="first",
+    )
+    routing = routed(gate, logits_TN)
+    weight_TN = torch.zeros_like(logits_TN).scatter_add(
+        1, routing.expert_index_TK.clamp_min(0), routing.weight_TK.detach()
+    )
+    return max(
+        differ(routing.aux_loss, loss),
+        differ(chosen_map(routing.expert_index_TK, num_experts), mask_TNC.any(2)),
+        differ(weight_TN, combine_TNC.sum(2)),
+    )
+
+
+def topk(generator: torch.Generator, policy: str) -> float:
+    """Dispatch set, weights and loss of ``topkgating`` with a drop policy."""
+    logits_TN = draw_logits(generator)
+    tokens, num_experts = logits_TN.shape
+    top_k, factor = (
+        draw_whole(generator, 1, num_experts),
+        (0.5, 1.0, 1.25)[draw_whole(generator, 0, 2)],
+    )
+    drop_tokens = policy != "none"
+    loss, combine_TNC, mask_TNC, counts_N = _deepspeed().topkgating(
+        logits_TN.clone(),
+        top_k,
+        factor,
+        0,
+        drop_tokens=drop_tokens,
+        drop_policy=policy if drop_tokens else "probs",
+    )
+    probs_TN = logits_TN.softmax(1)
+    weight_TK, index_TK = probs_TN.topk(top_k, dim=1)
+    own_counts_N, own_loss = expert_counts(index_TK, num_experts), balance_loss(probs_TN, index_TK)
+    if drop_tokens:
+        size = even_capacity(tokens, num_experts, top_k=top_k, factor=factor)
+        priority_TK = weight_TK
+        if policy == "position":  # of the token alone, whichever choice of it
+            priority_TK = -torch.arange(tokens)[:, None].expand_as(index_TK).float()
+        kept_TK = within_capacity(index_TK, torch.full((num_experts,), size), priority_TK)
+        weight_TK = torch.where(kept_TK, weight_TK, 0.0)
+        index_TK = torch.where(kept_TK, index_TK, -1)
+    # DeepSpeed stops normalising where next to nothing is left of a token.
+    weight_TK = weight_TK / weight_TK.sum(1, keepdim=True).clamp_min(torch.finfo().eps)
+    weight_TN = torch.zeros_like(logits_TN).scatter_add(1, index_TK.clamp_min(0), weight_TK)
+    return max(
+        differ(own_loss, loss),
+        differ(own_counts_N, counts_N),
+        differ(chosen_map(index_TK, num_experts), mask_TNC.any(2)),
+        differ(weight_TN, combine_TNC.sum(2)),
+    )
+
+
+# ---- Transformers -------------------------------------------------------------------------------
+
+
+def pooled_loss(generator: torch.Generator) -> float:
+    """``load_balancing_loss_func`` over several layers, with and without padding; relative."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    first_TN = draw_logits(generator)
+    tokens, num_experts = first_TN.shape
+    logits = [first_TN, *(torch.randn(tokens, num_experts, generator=generator) for _ in range(2))]
+    top_k = draw_whole(generator, 1, num_experts)
+    mask_T = None
+    if draw_whole(generator, 0, 1):
+        mask_T = torch.rand(tokens, generator=generator) < 0.7
+        mask_T[0] = True
+    theirs = load_balancing_loss_func(
+        tuple(logits), num_experts, top_k, None if mask_T is None else mask_T[None].long()
+    )
+    probs = [one_TN.softmax(1) for one_TN in logits]
+    ours = pooled_balance_loss(probs, [one_TN.topk(top_k).indices for one_TN in probs], mask_T)
+    factor = convention_factor("transformers", top_k=top_k)
+    return differ(ours * factor, theirs) / max(float(theirs), 1.0)
+
+
+# ---- Megatron-Core ------------------------------------------------------------------------------
+
+
+def _megatron() -> Any:
+    from megatron.core.transformer.moe import moe_utils
+
+    return moe_utils
+
+
+def megatron_routing(generator: torch.Generator, score: str) -> float:
+    """Weights and map of ``topk_routing_with_score_function``: softmax, sigmoid, groups, bias."""
+    groups = draw_whole(generator, 2, 4)
+    size = draw_whole(generator, 2, 4)
+    logits_TN = (
+        torch.randn(draw_whole(generator, 1, 30), groups * size, generator=generator)
+        * (0.1, 1.0, 5.0)[draw_whole(generator, 0, 2)]
+    )
+    num_experts = groups * size
+    top_groups = draw_whole(generator, 1, groups)
+    limited = bool(draw_whole(generator, 0, 1))
+    top_k = 2 * top_groups if limited else draw_whole(generator, 2, num_experts)
+    limit = None
+    if limited:
+        limit = GroupLimit([e // size for e in range(num_experts)], top_groups, score="top2")
+    options: dict[str, Any] = {"scaling_factor": 2.5, "score_function": score}
+    if limited:
+        options |= {"num_groups": groups, "group_topk": top_groups}
+    bias_N = torch.randn(num_experts, generator=generator) * 0.1
+    gate: Gate
+    if score == "sigmoid":
+        options["expert_bias"] = bias_N
+        gate = SigmoidGate(num_experts, num_experts, top_k=top_k, route_scale=2.5, limit=limit)
+        gate.expert_bias = _fixed_bias(bias_N)
+    else:
+        gate = NaiveGate(num_experts, num_experts, top_k=top_k, limit=limit)
+    theirs_TN, map_TN = _megatron().topk_routing_with_score_function(logits_TN, top_k, **options)
+    routing = routed(gate.eval(), logits_TN)
+    scale = 1.0 if score == "sigmoid" else 2.5
+    weight_TN = torch.zeros_like(logits_TN).scatter(
+        1, routing.expert_index_TK, scale * routing.weight_TK.detach()
+    )
+    return max(
+        differ(chosen_map(routing.expert_index_TK, num_experts), map_TN),
+        differ(weight_TN, theirs_TN),
+    )
+
+
+def _fixed_bias(bias_N: torch.Tensor) -> Any:
+    from tamoe.expert_bias import ExpertBias
+
+    bias = ExpertBias(len(bias_N))
+    bias.bias_N.copy_(bias_N)
+    return bias
+
+
+def megatron_balance(generator: torch.Generator) -> float:
+    """``switch_load_balancing_loss_func`` of a batch, and by sequence as Megatron does it."""
+    logits_TN = draw_logits(generator)
+    logits_TN = logits_TN[: len(logits_TN) // 2 * 2]
+    tokens, num_experts = logits_TN.shape
+    top_k = draw_whole(generator, 1, num_experts)
+    probs_TN = logits_TN.softmax(1)
+    index_TK = probs_TN.topk(top_k).indices
+    function = _megatron().switch_load_balancing_loss_func
+    map_TN = chosen_map(index_TK, num_experts)
+    whole = function(probs_TN, map_TN.sum(0), tokens, top_k, num_experts, 1.0)
+    length = tokens // 2
+    # Sequences stand side by side, as experts of their own.
+    apart = [
+        part.reshape(2, length, num_experts).transpose(0, 1).flatten(1)
+        for part in (probs_TN, map_TN)
+    ]
+    each = function(apart[0], apart[1].sum(0), length, top_k, num_experts, 1.0) / 2
+    return max(
+        differ(balance_loss(probs_TN, index_TK), whole),
+        differ(sequence_balance_loss(probs_TN, index_TK, 2), each),
+    )
+
+
+def megatron_z(generator: torch.Generator) -> float:
+    """``z_loss_func``, with and without padding; relative."""
+    logits_TN = draw_logits(generator)
+    padding_T = torch.rand(len(logits_TN), generator=generator) < 0.3
+    whole = _megatron().z_loss_func(logits_TN, 1.0)
+    kept = _megatron().z_loss_func(logits_TN, 1.0, padding_T)
+    return max(
+        differ(z_loss(logits_TN), whole) / max(float(whole), 1.0),
+        differ(z_loss(logits_TN, ~padding_T), kept) / max(float(kept), 1.0),
+    )
+
+
+COMPARISONS: tuple[Comparison, ...] = (
+    Comparison(
+        "SwitchGate, drop='random': counts, loss", "top1gating", "deepspeed", top1_counts_and_loss
+    ),
+    Comparison(
+        "SwitchGate: dispatch, weights", "top1gating, no drops", "deepspeed", top1_without_drops
+    ),
+    Comparison("GShardGate, drop='position', first choices", "top2gating", "deepspeed", top2),
+    Comparison(
+        "within_capacity by probs", "topkgating, probs", "deepspeed", lambda g: topk(g, "probs")
+    ),
+    Comparison(
+        "within_capacity by position",
+        "topkgating, position",
+        "deepspeed",
+        lambda g: topk(g, "position"),
+    ),
+    Comparison(
+        "balance_loss, expert_counts",
+        "topkgating, no drops",
+        "deepspeed",
+        lambda g: topk(g, "none"),
+    ),
+    Comparison("pooled_balance_loss x k", "load_balancing_loss_func", "transformers", pooled_loss),
+    Comparison(
+        "NaiveGate, limit",
+        "topk_routing…, softmax",
+        "megatron",
+        lambda g: megatron_routing(g, "softmax"),
+    ),
+    Comparison(
+        "SigmoidGate, expert_bias, limit",
+        "topk_routing…, sigmoid",
+        "megatron",
+        lambda g: megatron_routing(g, "sigmoid"),
+    ),
+    Comparison(
+        "balance_loss, sequence_balance_loss",
+        "switch_load_balancing…",
+        "megatron",
+        megatron_balance,
+    ),
+    Comparison("z_loss", "z_loss_func", "megatron", megatron_z),
+)
+
+
+def available() -> Iterator[Comparison]:
+    """Those whose package is installed."""
+    for comparison in COMPARISONS:
+        if find_spec(comparison.package) is not None:
+            yield comparison
+
+
+def largest_error(comparison: Comparison, inputs: int, seed: int = 0) -> float:
+    """The largest error over so many random inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    return max(comparison.error(generator) for _ in range(inputs))
+
+
+@app.command()
+def main(
+    output: Annotated[Path, typer.Option("-o", "--output")] = Path("oracles.json"),
+    inputs: Annotated[int, typer.Option(help="Random inputs for each comparison.")] = 1000,
+) -> None:
+    """Compare, print a table, write JSON (measured)."""
+    check_writable(output)
+    rows: list[dict[str, Any]] = []
+    table = Table("tamoe", "oracle", "package", "inputs", "largest error", box=None)
+    for comparison in available():
+        error = largest_error(comparison, inputs)
+        rows.append(
+            {
+                "function": comparison.function,
+                "oracle": comparison.oracle,
+                "package": comparison.package,
+                "inputs": inputs,
+                "largest_error": error,
+            }
+        )
+        table.add_row(
+            *(str(rows[-1][key]) for key in ("function", "oracle", "package", "inputs")),
+            f"{error:.1e}",
+        )
+    Console().print(table)
+    document = {
+        "schema": SCHEMA,
+        "schema_version": SCHEMA_VERSION,
+        "label": "measured",
+        "rows": rows,
+    }
+    write_document(output, document)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,234 @@
+"""What routing did: tokens, bytes, locality, balance and distance to the Plan, as numbers and maps.
+
+Shape suffixes: P ranks, N experts of a group.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+
+from tamoe.groups import process_group
+from tamoe.plan_module import PlanRows, check_plan
+from tamoe.topology.errors import InputError, whole
+
+if TYPE_CHECKING:
+    from tamoe.groups import Group
+
+
+class ScalarWriter(Protocol):
+    """What :func:`write_scalars` needs: ``torch.utils.tensorboard.SummaryWriter`` has it."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> object:
+        """Write one number."""
+        ...
+
+
+def dispatch_metrics(
+    counts_N: torch.Tensor | np.ndarray,
+    plan: PlanRows,
+    rank: int,
+    *,
+    dropped: int = 0,
+) -> dict[str, float]:
+    """Numbers of one rank's dispatch, against its row of a Plan.
+
+    Parameters
+    ----------
+    counts_N
+        ``[N]`` choices of each expert on this rank: :func:`tamoe.functional.expert_counts`.
+    plan
+        Gives targets; a :class:`tamoe.solver.Plan` also nodes, levels and bytes.
+    rank
+        Of the plan.
+    dropped
+        Choices that capacity dropped, of those counted.
+
+    Returns
+    -------
+    dict
+        - ``choices``, ``drop_rate`` (share of the choices);
+        - ``load_cv``, ``load_max_over_mean``: how unevenly *this rank* loads the experts, which is
+          what steering wants; the experts' balance is that of all ranks' counts
+          (:func:`group_metrics`);
+        - ``target_divergence``: KL of the dispatch from the target, nats, 0 at the target;
+        - of a Plan with a topology also ``remote_share`` (choices that leave the node),
+          ``level_self``, ``level_0`` … (choices that stay on the rank, in the node, cross as many
+          levels of uplinks) and ``sent_bytes`` (of rows that leave the rank, by the flat exchange).
+
+    Raises
+    ------
+    InputError
+        Shapes do not fit.
+
+    Examples
+    --------
+    >>> from tamoe.solver import Workload, solve
+    >>> from tamoe.topology import Topology
+    >>> topology = Topology.from_tree("2x2", bandwidth_bytes_per_s=(3e10, 1e10))
+    >>> plan = solve(topology, Workload(tokens_per_rank=100, top_k=1), floor=0.25)
+    >>> numbers = dispatch_metrics(torch.tensor([40, 40, 10, 10]), plan, 0)
+    >>> numbers["remote_share"], round(numbers["load_cv"], 3)
+    (0.2, 0.6)
+    """
+    check_plan(plan)
+    counts = _counts(counts_N, plan.num_experts)
+    total = max(float(counts.sum()), 1.0)
+    found = {"choices": float(counts.sum()), "drop_rate": dropped / total}
+    found |= _balance(counts)
+    found["target_divergence"] = _divergence(counts, plan.target_N(rank))
+    topology, expert_rank_N = getattr(plan, "topology", None), getattr(plan, "expert_rank_N", None)
+    if topology is None or expert_rank_N is None:
+        return found
+    place_N = expert_rank_N(rank)
+    level_N = np.array([-1 if r == rank else topology.level(rank, int(r)) for r in place_N])
+    shares = [counts[level_N == level].sum() / total for level in range(-1, topology.num_levels)]
+    found["remote_share"] = float(sum(shares[2:]))
+    found["level_self"] = float(shares[0])
+    found |= {f"level_{level}": float(share) for level, share in enumerate(shares[1:])}
+    found["sent_bytes"] = float(counts[level_N >= 0].sum()) * plan.workload.token_bytes  # type: ignore[attr-defined]
+    return found
+
+
+def gather_counts(counts_N: torch.Tensor, group: Group = None) -> np.ndarray:
+    """Counts of all ranks, ``[P, N]``, on every rank; collective.
+
+    >>> gather_counts(torch.tensor([1, 2])).tolist()
+    [[1, 2]]
+    """
+    resolved = process_group(group)
+    if resolved is None:
+        return counts_N.detach().cpu().numpy()[None]
+    parts = [torch.empty_like(counts_N) for _ in range(resolved.size())]
+    torch.distributed.all_gather(parts, counts_N.contiguous(), group=resolved)
+    return torch.stack(parts).cpu().numpy()
+
+
+def group_metrics(counts_PN: np.ndarray, plan: PlanRows) -> dict[str, float]:
+    """Numbers of the dispatch of all ranks of a group.
+
+    Parameters
+    ----------
+    counts_PN
+        ``[P, N]``: :func:`gather_counts`.
+    plan
+        Of these ranks.
+
+    Returns
+    -------
+    dict
+        ``load_cv`` and ``load_max_over_mean`` of the experts' total load, and the mean over ranks
+        of what :func:`dispatch_metrics` finds, as ``mean_…``.
+
+    Examples
+    --------
+    >>> from tamoe.solver import Workload, solve
+    >>> from tamoe.topology import Topology
+    >>> topology = Topology.from_tree("2x1", bandwidth_bytes_per_s=(3e10, 1e10))
+    >>> plan = solve(topology, Workload(tokens_per_rank=100, top_k=1), floor=0.25)
+    >>> numbers = group_metrics(np.array([[90, 10], [10, 90]]), plan)
+    >>> round(numbers["mean_remote_share"], 6), numbers["load_cv"]
+    (0.1, 0.0)
+    """
+    check_plan(plan)
+    counts_PN = np.asarray(counts_PN)
+    if counts_PN.shape != (plan.num_ranks, plan.num_experts):
+        raise InputError(
+            f"counts_PN is {counts_PN.shape}; allowed: {(plan.num_ranks, plan.num_experts)}"
+        )
+    ranks = [dispatch_metrics(row_N, plan, rank) for rank, row_N in enumerate(counts_PN)]
+    means = {f"mean_{key}": float(np.mean([one[key] for one in ranks])) for key in ranks[0]}
+    return _balance(counts_PN.sum(0).astype(float)) | means
+
+
+def write_scalars(
+    writer: ScalarWriter, metrics: Mapping[str, float], step: int, *, prefix: str = "tamoe/"
+) -> None:
+    """Write metrics to TensorBoard, or to whatever else has ``add_scalar``.
+
+    Parameters
+    ----------
+    writer
+        ``torch.utils.tensorboard.SummaryWriter`` (``pip install tensorboard``).
+    metrics
+        Of :func:`dispatch_metrics`, :func:`group_metrics` or ``Handle.metrics()``.
+    step
+        Training step, >= 0.
+    prefix
+        Before every name.
+    """
+    whole("step", step, 0)
+    for key, value in metrics.items():
+        writer.add_scalar(f"{prefix}{key}", value, step)
+
+
+def save_heatmap(
+    counts_PN: np.ndarray, plan: PlanRows, path: str | os.PathLike[str], *, title: str = ""
+) -> None:
+    """Draw what ranks sent to experts beside what the Plan asks for, as shares of even.
+
+    Parameters
+    ----------
+    counts_PN
+        ``[P, N]``: :func:`gather_counts`.
+    plan
+        Of these ranks.
+    path
+        Of a PNG or SVG.
+    title
+        Above the picture.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    check_plan(plan)
+    counts_PN = np.asarray(counts_PN, dtype=float)
+    target_PN = np.array([plan.target_N(rank) for rank in range(plan.num_ranks)])
+    if counts_PN.shape != target_PN.shape:
+        raise InputError(f"counts_PN is {counts_PN.shape}; allowed: {target_PN.shape}")
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    both = figure.subplots(1, 2, sharey=True)
+    shares = [
+        values_PN / np.maximum(values_PN.mean(1, keepdims=True), 1e-12)
+        for values_PN in (counts_PN, target_PN)
+    ]
+    top = max(float(share_PN.max()) for share_PN in shares)
+    for axes, share_PN, name in zip(both, shares, ("dispatched", "target"), strict=True):
+        image = axes.imshow(share_PN, vmin=0, vmax=top, cmap="viridis", aspect="auto")
+        axes.set(xlabel="expert", title=name)
+    both[0].set_ylabel("rank")
+    figure.colorbar(image, ax=both, label="choices over even share")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=130)
+
+
+def _counts(counts_N: torch.Tensor | np.ndarray, num_experts: int) -> np.ndarray:
+    array = counts_N.detach().cpu().numpy() if isinstance(counts_N, torch.Tensor) else counts_N
+    array = np.asarray(array, dtype=float)
+    if array.shape != (num_experts,) or (array < 0).any():
+        raise InputError(f"counts_N is {array.shape}; allowed: {num_experts} numbers >= 0")
+    return array
+
+
+def _balance(counts: np.ndarray) -> dict[str, float]:
+    mean = float(counts.mean())
+    if mean == 0:
+        return {"load_cv": 0.0, "load_max_over_mean": 0.0}
+    return {
+        "load_cv": float(counts.std()) / mean,
+        "load_max_over_mean": float(counts.max()) / mean,
+    }
+
+
+def _divergence(counts: np.ndarray, target_N: np.ndarray) -> float:
+    if not counts.sum():
+        return 0.0
+    share, wanted = counts / counts.sum(), target_N / target_N.sum()
+    used = share > 0
+    with np.errstate(divide="ignore"):
+        return float((share[used] * np.log(share[used] / wanted[used])).sum())
