@@ -10,7 +10,9 @@ ARGS ?=
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install -q $(PIP_ARGS)
 INSTALL = $(PIP) --no-deps --no-build-isolation
 
-.PHONY: demo demo-data test lint format clean
+BESIDE = $(PIP) --no-deps --upgrade --target
+
+.PHONY: demo demo-data test frameworks lint format clean
 
 demo: $(VENV)/ready
 	@rm -rf build
@@ -27,6 +29,10 @@ test: $(VENV)/ready
 	@$(INSTALL) -e .
 	$(VENV)/bin/python -m pytest $(ARGS)
 	$(VENV)/bin/python -m pytest -q --doctest-modules --ignore=tamoe/experiments tamoe
+
+frameworks: $(VENV)/ready  # what the tests of adapters need beside .venv; about 1.2 GB
+	$(BESIDE) $(VENV)/transformers4 -r tests/transformers4.txt
+	$(BESIDE) $(VENV)/torchtitan -r tests/torchtitan.txt
 
 lint: $(VENV)/ready
 	@$(INSTALL) -e .

@@ -1,0 +1,117 @@
+"""Steer the routers of TorchTitan.
+
+    handle = steer(model, plan)
+
+``TokenChoiceTopKRouter`` takes a bias on selection as an argument: a hook adds this rank's bias to
+it, another looks at what was chosen. The bias is in the scale of scores (sigmoid or softmax); it
+begins with the second batch, once their spread is known.
+
+Shape suffixes: T tokens, K choices, N experts of the whole group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from tamoe.adapters.handle import Handle, How, check_experts, check_steer_arguments, make_steer
+from tamoe.adapters.steered import Steered, in_backward
+from tamoe.adapters.versions import require
+from tamoe.plan_module import PlanRows
+from tamoe.steering_loss import SteeringLoss
+from tamoe.topology.errors import InputError
+
+if TYPE_CHECKING:
+    from tamoe.bias import TopologyBias
+    from tamoe.groups import Group
+
+
+def steer(
+    model: nn.Module,
+    plan: PlanRows,
+    *,
+    how: How | Callable[[], TopologyBias | SteeringLoss] = "bias",
+    rank: int | None = None,
+    group: Group = None,
+    weight: float | None = None,
+    gain: float = 0.3,
+) -> Handle:
+    """Make every TorchTitan router of a model prefer the experts that the Plan gives its rank.
+
+    Parameters
+    ----------
+    model, plan, how, rank, group, weight, gain
+        As for :func:`tamoe.adapters.transformers.steer`. TorchTitan's own balancing (the bias that
+        is the same on all ranks) goes on beside a bias.
+
+    Returns
+    -------
+    Handle
+        ``loss()``, ``metrics()``, ``update()``, ``set_plan()``, ``off()``, ``detach()``.
+
+    Raises
+    ------
+    InputError
+        TorchTitan is absent or of another version, the model has no router of it, or a router does
+        not fit the plan.
+    """
+    version = require("torchtitan")
+    weight = check_steer_arguments(plan, rank, group, weight, how)
+    routers: dict[str, Any] = {
+        n: m for n, m in model.named_modules() if type(m).__name__ == "TokenChoiceTopKRouter"
+    }
+    if not routers:
+        raise InputError(
+            f"model is {type(model).__name__} and has no router of torchtitan {version}; looked "
+            f"for modules of class TokenChoiceTopKRouter"
+        )
+    handle = Handle(plan, [])
+    try:
+        for name, router in routers.items():
+            top_k, num_experts = int(router.top_k), int(router.num_experts)
+            check_experts(plan, num_experts, top_k, f"router {name!r}")
+            device = next(router.parameters()).device
+            made = make_steer(plan, how, group=group, rank=rank, gain=gain, device=device)
+            layer = Steered(name, made, top_k=top_k, weight=weight, group=group, device=device)
+            handle.add(layer.train(model.training))
+            handle.undo.extend(_attach(router, layer))
+            if isinstance(made, SteeringLoss):
+                handle.routers.append(router)
+    except BaseException:
+        handle.detach()
+        raise
+
+    def before(model: nn.Module, args: Any) -> None:
+        handle.before_forward(model.training)
+
+    handle.undo.append(model.register_forward_pre_hook(before).remove)
+    return handle
+
+
+def _attach(router: Any, layer: Steered) -> list[Callable[[], None]]:
+    def before(router: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if layer.bias is None or not layer.enabled:
+            return None
+        x, theirs = (*args, None)[:2]
+        ours_N = layer.bias.bias_N
+        return (x, ours_N if theirs is None else theirs + ours_N)
+
+    def after(router: Any, args: tuple[Any, ...], output: Any) -> None:
+        _, index, scores = output
+        if scores.shape[:-1] != index.shape[:-1]:
+            raise InputError(
+                f"router {layer.name!r} returns scores of shape {tuple(scores.shape)}; allowed: "
+                f"one row a token, as in torchtitan 0.3"
+            )
+        score_TN, index_TK = scores.flatten(0, -2), index.flatten(0, -2)
+        if layer.bias is not None and not in_backward():
+            layer.bias(score_TN)  # notes their spread
+        probs_TN = score_TN / (score_TN.sum(1, keepdim=True) + 1e-20)
+        layer.observe(probs_TN, index_TK, None)
+
+    return [
+        router.register_forward_pre_hook(before).remove,
+        router.register_forward_hook(after).remove,
+    ]
