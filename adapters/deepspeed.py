@@ -11,26 +11,24 @@ Shape suffixes: T tokens, D hidden size, K choices, N experts of the whole group
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from tamoe.adapters.handle import Handle, How, check_experts, check_steer_arguments, make_steer
+from tamoe.adapters.attach import Found, Steering, attach_all
+from tamoe.adapters.handle import Handle
 from tamoe.adapters.steered import Rule, Steered
 from tamoe.adapters.versions import require
-from tamoe.balance import group_balance_loss
 from tamoe.capacity import within_capacity
-from tamoe.gate import wide_linear
+from tamoe.gate import best_experts, wide_linear
 from tamoe.groups import process_group
 from tamoe.loss_totals import expert_counts
 from tamoe.plan_module import PlanRows
-from tamoe.steering_loss import SteeringLoss
 from tamoe.topology.errors import InputError
 
 if TYPE_CHECKING:
-    from tamoe.bias import TopologyBias
+    from tamoe.adapters.attach import How, Undo
     from tamoe.groups import Group
 
 _RULE = Rule()
@@ -40,7 +38,7 @@ def steer(
     model: nn.Module,
     plan: PlanRows,
     *,
-    how: How | Callable[[], TopologyBias | SteeringLoss] = "bias",
+    how: How = "bias",
     rank: int | None = None,
     group: Group = None,
     gain: float = 0.3,
@@ -79,46 +77,34 @@ def steer(
     Notes
     -----
     Capacity, drops (random, by position, by probability), minimum and padding are DeepSpeed's for
-    each k; which tokens random selection keeps differs. ``RSample`` noise is refused.
+    each k, and so is the sampling of second experts; random numbers differ. ``RSample`` noise is
+    refused.
     """
     version = require("deepspeed")
-    check_steer_arguments(plan, rank, group, None, how)
-    gates: dict[str, Any] = {
-        n: m for n, m in model.named_modules() if type(m).__name__ == "TopKGate"
-    }
-    if not gates:
+    steering = Steering(plan, how, rank, group, gain, weight=0.0)  # the loss is in l_aux
+    found = [
+        Found(name, gate, gate.wg.weight, int(gate.k))
+        for name, gate in model.named_modules()
+        if type(gate).__name__ == "TopKGate"
+    ]
+    if not found:
         raise InputError(
             f"model is {type(model).__name__} and has no gate of deepspeed {version}; looked for "
             f"modules of class TopKGate"
         )
-    handle = Handle(plan, [])
-    try:
-        for name, gate in gates.items():
-            weight_ND = gate.wg.weight
-            top_k = int(gate.k)
-            check_experts(plan, len(weight_ND), top_k, f"gate {name!r}")
-            if gate.noisy_gate_policy == "RSample":
-                raise InputError(
-                    f"gate {name!r} has noisy_gate_policy='RSample'; allowed: 'Jitter' or None"
-                )
-            made = make_steer(plan, how, group=group, rank=rank, gain=gain, device=weight_ND.device)
-            layer = Steered(name, made, top_k=top_k, group=group, device=weight_ND.device)
-            handle.add(layer.train(model.training))
-            handle.undo.append(_attach(gate, layer, group))
-            if isinstance(made, SteeringLoss):
-                handle.routers.append(gate)
-    except BaseException:
-        handle.detach()
-        raise
 
-    def before(model: nn.Module, args: Any) -> None:
-        handle.before_forward(model.training)
+    def attach(router: Found, layer: Steered, handle: Handle) -> list[Undo]:
+        return [_attach(router.module, layer)]
 
-    handle.undo.append(model.register_forward_pre_hook(before).remove)
-    return handle
+    return attach_all(model, steering, found, attach)
 
 
-def _attach(gate: Any, layer: Steered, group: Group) -> Callable[[], None]:
+def _attach(gate: Any, layer: Steered) -> Undo:
+    if gate.noisy_gate_policy == "RSample":
+        raise InputError(
+            f"gate {layer.name!r} has noisy_gate_policy='RSample'; allowed: 'Jitter' or None"
+        )
+
     def forward(
         input: torch.Tensor,
         used_token: torch.Tensor | None = None,
@@ -128,18 +114,25 @@ def _attach(gate: Any, layer: Steered, group: Group) -> Callable[[], None]:
         logits_TN = wide_linear(_jittered(gate, input), gate.wg.weight)
         mask_T = None if used_token is None else used_token.reshape(-1).bool()
         probs_TN = _RULE.probs_TN(logits_TN)
-        index_TK = layer.select(_RULE.choice_TN(logits_TN), None, mask_T)
+        index_TK = _choose(gate, layer.biased(_RULE.choice_TN(logits_TN), mask_T))
         layer.observe(probs_TN, index_TK, mask_T)
+        loss = layer.unweighted_loss(probs_TN, index_TK, mask_T)
         if mask_T is not None:
             index_TK = index_TK.masked_fill(~mask_T.unsqueeze(1), -1)
-        if isinstance(layer.steer, SteeringLoss):
-            loss = layer.steer(probs_TN, index_TK, mask_T)
-        else:
-            loss = group_balance_loss(probs_TN, index_TK, group, mask_T)
         return _contract(gate, probs_TN, index_TK, loss, sparse_routes)
 
     gate.forward = forward
     return lambda: gate.__dict__.pop("forward", None)
+
+
+def _choose(gate: Any, score_TN: torch.Tensor) -> torch.Tensor:
+    index_TK = best_experts(score_TN, gate.k)
+    if gate.k != 2 or not gate.top2_2nd_expert_sampling:
+        return index_TK
+    # DeepSpeed samples the second expert, also in evaluation.
+    noise_TN = -torch.empty_like(score_TN).exponential_().log()
+    noisy_TN = (score_TN + noise_TN).scatter(1, index_TK[:, :1], -torch.inf)
+    return torch.cat([index_TK[:, :1], best_experts(noisy_TN, 1)], 1)
 
 
 def _jittered(gate: Any, x_TD: torch.Tensor) -> torch.Tensor:
@@ -208,7 +201,12 @@ def _capacity(gate: Any, tokens: int, num_experts: int, counts_N: torch.Tensor) 
         torch.distributed.all_reduce(
             largest, op=torch.distributed.ReduceOp.MAX, group=process_group(gate.ep_group)
         )
-    return int(largest)
+    from deepspeed.utils import bwc_tensor_model_parallel_world_size, groups
+
+    tensor_ranks = 1
+    if groups.mpu is not None and groups._get_expert_model_parallel_world_size() == 1:
+        tensor_ranks = bwc_tensor_model_parallel_world_size(mpu=groups.mpu)
+    return -(-int(largest) // tensor_ranks) * tensor_ranks
 
 
 def _places(index_TK: torch.Tensor) -> torch.Tensor:

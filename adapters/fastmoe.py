@@ -10,14 +10,15 @@ Shape suffixes: T tokens, K choices, N experts of the whole group.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
-from tamoe.adapters.handle import How, make_steer
+from tamoe.adapters.attach import Steering
+from tamoe.gate import wide_linear
 from tamoe.gates import NaiveGate
-from tamoe.plan_module import PlanRows, check_plan
+from tamoe.plan_module import PlanRows
 from tamoe.topology.errors import InputError
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 def gate_class(
     plan: PlanRows,
     *,
-    how: How = "bias",
+    how: Literal["bias", "loss"] = "bias",
     rank: int | None = None,
     group: Group = None,
     weight: float = 0.01,
@@ -40,8 +41,9 @@ def gate_class(
     plan
         :class:`tamoe.solver.Plan` for ``num_expert · world_size`` experts and its ``top_k``.
     how
-        ``"bias"``: on selection. ``"loss"``: topology loss, with a gate of each rank; FastMoE's
-        gates are of the rank already where ``gate_group`` is not averaged.
+        ``"bias"``: on selection. ``"loss"``: topology loss, with a gate of each rank: then give
+        ``DistributedGroupedDataParallel`` a ``gate_group`` of this rank alone, since its default
+        averages gates over the world.
     rank
         Row of the plan; None asks the group.
     group
@@ -74,7 +76,7 @@ def gate_class(
     >>> tuple(index_TK.shape), gate.has_loss
     ((8, 2), True)
     """
-    check_plan(plan)
+    steering = Steering(plan, how, rank, group, gain)
 
     class PlanGate(nn.Module):
         """FastMoE's gate contract around a gate of tamoe."""
@@ -102,17 +104,19 @@ def gate_class(
                 total,
                 top_k=top_k,
                 scope="rank" if how == "loss" else "shared",
-                steer=make_steer(plan, how, group=group, rank=rank, gain=gain, device=None),
+                steer=steering.make(torch.device("cpu")),
                 aux_weight=weight,
                 group=group,
             )
 
         def forward(self, inp: torch.Tensor, return_all_scores: bool = False) -> Any:
-            """Experts and scores, and all logits' probabilities if asked."""
+            """Experts and scores, and all logits if asked."""
             routing = self.gate(inp)
             self.set_loss(routing.aux_loss)
-            found = (routing.expert_index_TK, routing.weight_TK)
-            return (*found, routing.probs_TN) if return_all_scores else found
+            found = (routing.expert_index_TK, routing.weight_TK.to(inp.dtype))
+            if not return_all_scores:
+                return found
+            return (*found, wide_linear(inp, self.gate.weight))
 
         def set_loss(self, loss: Any) -> None:
             """As FastMoE's BaseGate."""

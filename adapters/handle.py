@@ -5,29 +5,21 @@ Shape suffixes: N experts of the whole group.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from tamoe.adapters.steered import Steered, in_backward
-from tamoe.bias import TopologyBias
-from tamoe.capacity import checked_factor
-from tamoe.loss import TopologyLoss
 from tamoe.metrics import dispatch_metrics
-from tamoe.plan_module import PlanRows, check_plan, resolve_rank
-from tamoe.steering_loss import SteeringLoss
+from tamoe.plan_module import PlanRows
 from tamoe.topology.errors import InputError
 
 if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
-
-    from tamoe.groups import Group
-
-How = Literal["bias", "loss"]
 
 
 class Handle:
@@ -45,9 +37,9 @@ class Handle:
         The Plan that is followed.
     """
 
-    def __init__(self, plan: PlanRows, layers: Sequence[Steered]) -> None:
+    def __init__(self, plan: PlanRows) -> None:
         self.plan = plan
-        self.layers = list(layers)
+        self.layers: list[Steered] = []
         self.routers: list[nn.Module] = []  # that a loss steers
         self.undo: list[Callable[[], None]] = []
         self.mask_T: torch.Tensor | None = None  # tokens of the batch that are not padding
@@ -85,8 +77,10 @@ class Handle:
     def update(self) -> None:
         """Move the biases by what was dispatched since the last time.
 
-        Happens by itself at the next forward pass in training; with ``auto_update=False`` call it
-        once an optimizer step.
+        Happens by itself at the next forward pass in training. Set ``auto_update`` to False and
+        call it once an optimizer step where several forward passes come before a backward one and
+        activations are checkpointed (pipelines, contrastive losses): what is run again must find
+        the bias that it had.
         """
         for layer in self.layers:
             layer.update()
@@ -162,67 +156,21 @@ class Handle:
 
     # ---- what an adapter calls ------------------------------------------------------------------
 
-    def add(self, layer: Steered) -> None:
-        """Steer one more router."""
-        self.layers.append(layer)
-
-    def before_forward(self, training: bool, mask_T: torch.Tensor | None = None) -> None:
+    def before_forward(self, mask_T: torch.Tensor | None) -> None:
         """At the start of a forward pass of the whole model."""
+        if not in_backward():
+            self.mask_T = mask_T
+
+    def before_router(self, layer: Steered, training: bool) -> None:
+        """At the start of a forward pass of a router, whoever calls it."""
         if in_backward():
             return
-        self.mask_T = mask_T
-        for layer in self.layers:
-            layer.train(training)
+        layer.train(training)
         if training and self.auto_update:
-            self.update()
+            layer.update()
 
     def mask_for(self, num_tokens: int) -> torch.Tensor | None:
         """The batch's mask, where it is of that many tokens."""
         if self.mask_T is None or len(self.mask_T) != num_tokens:
             return None
         return self.mask_T
-
-
-def make_steer(
-    plan: PlanRows,
-    how: How | Callable[[], TopologyBias | SteeringLoss],
-    *,
-    group: Group,
-    rank: int | None,
-    gain: float,
-    device: torch.device | str | None,
-) -> TopologyBias | SteeringLoss:
-    """A bias or a loss for one router."""
-    if callable(how):
-        return how()
-    if how == "bias":
-        return TopologyBias(plan, group=group, rank=rank, gain=gain, device=device)
-    if how == "loss":
-        return TopologyLoss(plan, group=group, rank=rank, device=device)
-    raise InputError(f"how is {how!r}; allowed: 'bias', 'loss', or a function that makes a module")
-
-
-def check_steer_arguments(
-    plan: PlanRows, rank: int | None, group: Group, weight: float | None, how: object
-) -> float:
-    """Check what all adapters take; the weight of the loss."""
-    check_plan(plan)
-    resolve_rank(plan, group, rank)
-    if weight is None:
-        return 0.0 if how == "bias" else 0.01
-    return 0.0 if weight == 0 else checked_factor("weight", weight)
-
-
-def check_experts(plan: PlanRows, num_experts: int, top_k: int, name: str) -> None:
-    """Raise :class:`InputError` where a router does not fit the plan."""
-    if num_experts != plan.num_experts:
-        raise InputError(
-            f"plan has {plan.num_experts} experts and {name} {num_experts}; allowed: the same "
-            f"number. Solve with Workload(experts_per_rank={num_experts}/ranks)"
-        )
-    workload = getattr(plan, "workload", None)
-    if workload is not None and workload.top_k != top_k:
-        raise InputError(
-            f"plan was solved for top_k={workload.top_k} and {name} takes {top_k}; allowed: the "
-            f"same. Solve with Workload(top_k={top_k})"
-        )

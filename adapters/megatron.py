@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from tamoe.adapters.handle import Handle, How, check_experts, check_steer_arguments, make_steer
-from tamoe.adapters.steered import Rule, Steered
+from tamoe.adapters.attach import Found, Steering, attach_all
+from tamoe.adapters.handle import Handle
+from tamoe.adapters.steered import Limit, Rule, Steered
 from tamoe.adapters.versions import require
 from tamoe.group_limit import GroupLimit
 from tamoe.plan_module import PlanRows
-from tamoe.steering_loss import SteeringLoss
 from tamoe.topology.errors import InputError
 
 if TYPE_CHECKING:
-    from tamoe.bias import TopologyBias
+    from tamoe.adapters.attach import How, Undo
     from tamoe.groups import Group
 
 _FUNCTION = "topk_routing_with_score_function"
@@ -37,7 +37,7 @@ def steer(
     model: nn.Module,
     plan: PlanRows,
     *,
-    how: How | Callable[[], TopologyBias | SteeringLoss] = "bias",
+    how: How = "bias",
     rank: int | None = None,
     group: Group = None,
     weight: float | None = None,
@@ -62,42 +62,23 @@ def steer(
         not fit the plan, or it routes by Sinkhorn or by fused kernels.
     """
     version = require("megatron")
-    weight = check_steer_arguments(plan, rank, group, weight, how)
-    routers: dict[str, Any] = {
-        n: m for n, m in model.named_modules() if type(m).__name__ == "TopKRouter"
-    }
-    if not routers:
+    steering = Steering(plan, how, rank, group, gain, weight)
+    found = [
+        Found(name, router, router.weight, int(router.topk))
+        for name, router in model.named_modules()
+        if type(router).__name__ == "TopKRouter"
+    ]
+    if not found:
         raise InputError(
-            f"model is {type(model).__name__} and has no router of megatron-core {version}; "
-            f"looked for modules of class TopKRouter"
+            f"model is {type(model).__name__} and has no router of megatron-core {version}; looked "
+            f"for modules of class TopKRouter"
         )
-    handle = Handle(plan, [])
-    try:
-        for name, router in routers.items():
-            _check_router(router, name)
-            config: Any = router.config
-            top_k = int(router.topk)
-            check_experts(plan, int(config.num_moe_experts), top_k, f"router {name!r}")
-            device = next(router.parameters()).device
-            made = make_steer(plan, how, group=group, rank=rank, gain=gain, device=device)
-            layer = Steered(name, made, top_k=top_k, weight=weight, group=group, device=device)
-            handle.add(layer.train(model.training))
-            handle.undo.append(_attach(router, layer))
-            if isinstance(made, SteeringLoss):
-                handle.routers.append(router)
-    except BaseException:
-        handle.detach()
-        raise
-
-    def before(model: nn.Module, args: Any) -> None:
-        handle.before_forward(model.training)
-
-    handle.undo.append(model.register_forward_pre_hook(before).remove)
-    return handle
+    return attach_all(model, steering, found, _attach)
 
 
-def _check_router(router: Any, name: str) -> None:
-    config: Any = router.config
+def _check_router(router: Any, name: str) -> Any:
+    """The module of the router's code, if it routes as tamoe knows."""
+    config = router.config
     module = sys.modules[type(router).__module__]
     if not hasattr(module, _FUNCTION):
         raise InputError(
@@ -108,10 +89,12 @@ def _check_router(router: Any, name: str) -> None:
         raise InputError(f"router {name!r} routes by 'sinkhorn'; allowed: top-k routing")
     if config.moe_router_fusion:
         raise InputError(f"router {name!r} has moe_router_fusion=True; allowed: False")
+    return module
 
 
-def _attach(router: Any, layer: Steered) -> Callable[[], None]:
-    module = sys.modules[type(router).__module__]
+def _attach(found: Found, layer: Steered, handle: Handle) -> list[Undo]:
+    router: Any = found.module
+    module = _check_router(router, found.name)
     own_routing = router.routing
 
     def routing(*args: Any, **kwargs: Any) -> Any:
@@ -127,7 +110,7 @@ def _attach(router: Any, layer: Steered) -> Callable[[], None]:
             setattr(module, _FUNCTION, own_function)
 
     router.routing = routing
-    return lambda: router.__dict__.pop("routing", None)
+    return [lambda: router.__dict__.pop("routing", None)]
 
 
 def _choose(
@@ -139,12 +122,20 @@ def _choose(
 ) -> Any:
     """Megatron's probabilities and map, with choices that know the bias."""
     score = options.get("score_function", "softmax")
+    if score not in ("softmax", "sigmoid") or options.get("router_replay") is not None:
+        raise InputError(
+            f"router {layer.name!r} routes by score_function={score!r} and router_replay="
+            f"{options.get('router_replay')}; allowed: 'softmax' or 'sigmoid', and None"
+        )
+    full = top_k == 1 if score == "sigmoid" else bool(options.get("use_pre_softmax"))
+    limit = _limit(options, logits_TN.shape[1], top_k, logits_TN.device)
+    if limit is not None and score == "softmax" and full:
+        limit = _of_probabilities(limit)
     rule = Rule(
         score,
-        normalize=not (score == "softmax" and options.get("use_pre_softmax"))
-        and not (score == "sigmoid" and top_k == 1),
+        normalize=not full,
         scale=options.get("scaling_factor") or 1.0,
-        limit=_limit(options, logits_TN.shape[1], top_k, logits_TN.device),
+        limit=limit,
         correction=_correction(options),
     )
     if layer.bias is None or not layer.enabled:
@@ -159,6 +150,11 @@ def _choose(
     return probs_TN, torch.zeros_like(logits_TN, dtype=torch.bool).scatter(1, index_TK, True)
 
 
+def _of_probabilities(limit: Limit) -> Limit:
+    """Groups ranked by sums of probabilities, not of logits."""
+    return lambda choice_TN: limit(choice_TN.softmax(1))
+
+
 def _correction(options: dict[str, Any]) -> Callable[[], torch.Tensor] | None:
     bias = options.get("expert_bias")
     return None if bias is None else lambda: bias
@@ -166,7 +162,7 @@ def _correction(options: dict[str, Any]) -> Callable[[], torch.Tensor] | None:
 
 def _limit(
     options: dict[str, Any], num_experts: int, top_k: int, device: torch.device
-) -> GroupLimit | None:
+) -> Limit | None:
     groups, top_groups = options.get("num_groups"), options.get("group_topk")
     if not groups or not top_groups:
         return None
@@ -177,5 +173,5 @@ def _limit(
             f"group_topk is {top_groups} and topk {top_k}; allowed: topk // group_topk of 1 or 2"
         )
     group_of_N = [expert * groups // num_experts for expert in range(num_experts)]
-    limit = GroupLimit(group_of_N, top_groups, score="max" if best == 1 else "top2")
-    return limit.to(device)
+    limit = GroupLimit(group_of_N, top_groups, score="max" if best == 1 else "top2", device=device)
+    return limit

@@ -165,8 +165,8 @@ def _limits(router: Any) -> Iterator[GroupLimit | None]:
     if groups and top_groups and getattr(router, "topk_method", "") != "greedy":
         group_of_N = [expert * groups // len(weight) for expert in range(len(weight))]
         for score in ("max", "top2"):
-            limit = GroupLimit(group_of_N, top_groups, score=score)
-            yield limit.to(weight.device)
+            limit = GroupLimit(group_of_N, top_groups, score=score, device=weight.device)
+            yield limit
     yield None
 
 

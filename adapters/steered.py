@@ -18,7 +18,6 @@ from torch import nn
 from tamoe.balance import balance_loss, group_balance_loss
 from tamoe.bias import TopologyBias
 from tamoe.gate import best_experts
-from tamoe.group_limit import GroupLimit
 from tamoe.loss_totals import expert_counts
 from tamoe.steering_loss import SteeringLoss
 
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from tamoe.groups import Group
 
 Score = Literal["softmax", "sigmoid"]
+Limit = Callable[[torch.Tensor], torch.Tensor]  # what is ranked, to which experts are allowed
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ class Rule:
     scale
         Factor of all weights.
     limit
-        Groups of experts that a token may use.
+        Which experts a token may use: :class:`~tamoe.GroupLimit`.
     correction
         Gives the model's own bias on selection, ``[N]``, if it has one.
     """
@@ -49,7 +49,7 @@ class Rule:
     score: Score = "softmax"
     normalize: bool = True
     scale: float = 1.0
-    limit: GroupLimit | None = None
+    limit: Limit | None = None
     correction: Callable[[], torch.Tensor] | None = None
 
     def choice_TN(self, logits_TN: torch.Tensor) -> torch.Tensor:
@@ -122,12 +122,17 @@ class Steered(nn.Module):
         """The bias, where that is how it steers."""
         return self.steer if isinstance(self.steer, TopologyBias) else None
 
+    def biased(self, choice_TN: torch.Tensor, mask_T: torch.Tensor | None) -> torch.Tensor:
+        """What selection ranks, with the bias."""
+        if self.bias is None or not self.enabled:
+            return choice_TN
+        return choice_TN + self.bias(choice_TN, mask_T)
+
     def select(
-        self, choice_TN: torch.Tensor, limit: GroupLimit | None, mask_T: torch.Tensor | None
+        self, choice_TN: torch.Tensor, limit: Limit | None, mask_T: torch.Tensor | None
     ) -> torch.Tensor:
         """Experts of each token, with the bias."""
-        if self.bias is not None and self.enabled:
-            choice_TN = choice_TN + self.bias(choice_TN, mask_T)
+        choice_TN = self.biased(choice_TN, mask_T)
         if limit is not None:
             choice_TN = choice_TN.masked_fill(~limit(choice_TN), -torch.inf)
         return best_experts(choice_TN, self.top_k)
@@ -136,12 +141,14 @@ class Steered(nn.Module):
         self, probs_TN: torch.Tensor, index_TK: torch.Tensor, mask_T: torch.Tensor | None
     ) -> None:
         """Count what is dispatched, and make the loss of it."""
-        loss = self._loss(probs_TN, index_TK, mask_T) if self.weight else None
+        loss = None
+        if self.weight:
+            loss = self.weight * self.unweighted_loss(probs_TN, index_TK, mask_T)
         if in_backward():
             return  # counted before; the loss is made again, for what autograd saved of it
         counts_N = expert_counts(index_TK, self.steer.num_experts, mask_T)
         self.seen_N.add_(counts_N)
-        if self.training:
+        if self.training and self.enabled:
             self.counts_N.add_(counts_N)
         self.latest_loss = loss
 
@@ -149,18 +156,20 @@ class Steered(nn.Module):
         """Move the bias by what was counted in training since the last time."""
         if self.bias is not None and self.enabled:
             self.bias.update(self.counts_N)
-        self.counts_N.zero_()
+            self.counts_N.zero_()
 
-    def _loss(
+    def unweighted_loss(
         self, probs_TN: torch.Tensor, index_TK: torch.Tensor, mask_T: torch.Tensor | None
     ) -> torch.Tensor:
+        """The steering loss; beside a bias the group's balance loss, in evaluation the rank's."""
         if isinstance(self.steer, SteeringLoss):
             loss = self.steer(probs_TN, index_TK, mask_T)
-            if not self.steer.keeps_balance:
-                loss = loss + balance_loss(probs_TN, index_TK, mask_T)
-        else:
-            loss = group_balance_loss(probs_TN, index_TK, self.group, mask_T)
-        return self.weight * loss
+            if self.steer.keeps_balance:
+                return loss
+            return loss + balance_loss(probs_TN, index_TK, mask_T)
+        if not self.training:  # not every rank may be here
+            return balance_loss(probs_TN, index_TK, mask_T)
+        return group_balance_loss(probs_TN, index_TK, self.group, mask_T)
 
     def extra_repr(self) -> str:
         """Name and size, for ``print(handle)``."""

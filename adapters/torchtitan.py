@@ -11,20 +11,19 @@ Shape suffixes: T tokens, K choices, N experts of the whole group.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from tamoe.adapters.handle import Handle, How, check_experts, check_steer_arguments, make_steer
+from tamoe.adapters.attach import Found, Steering, attach_all
+from tamoe.adapters.handle import Handle
 from tamoe.adapters.steered import Steered, in_backward
 from tamoe.adapters.versions import require
 from tamoe.plan_module import PlanRows
-from tamoe.steering_loss import SteeringLoss
 from tamoe.topology.errors import InputError
 
 if TYPE_CHECKING:
-    from tamoe.bias import TopologyBias
+    from tamoe.adapters.attach import How, Undo
     from tamoe.groups import Group
 
 
@@ -32,7 +31,7 @@ def steer(
     model: nn.Module,
     plan: PlanRows,
     *,
-    how: How | Callable[[], TopologyBias | SteeringLoss] = "bias",
+    how: How = "bias",
     rank: int | None = None,
     group: Group = None,
     weight: float | None = None,
@@ -58,39 +57,23 @@ def steer(
         not fit the plan.
     """
     version = require("torchtitan")
-    weight = check_steer_arguments(plan, rank, group, weight, how)
-    routers: dict[str, Any] = {
-        n: m for n, m in model.named_modules() if type(m).__name__ == "TokenChoiceTopKRouter"
-    }
-    if not routers:
+    steering = Steering(plan, how, rank, group, gain, weight)
+    found = [
+        Found(name, router, router.gate.weight, int(router.top_k))
+        for name, router in model.named_modules()
+        if type(router).__name__ == "TokenChoiceTopKRouter"
+    ]
+    if not found:
         raise InputError(
             f"model is {type(model).__name__} and has no router of torchtitan {version}; looked "
             f"for modules of class TokenChoiceTopKRouter"
         )
-    handle = Handle(plan, [])
-    try:
-        for name, router in routers.items():
-            top_k, num_experts = int(router.top_k), int(router.num_experts)
-            check_experts(plan, num_experts, top_k, f"router {name!r}")
-            device = next(router.parameters()).device
-            made = make_steer(plan, how, group=group, rank=rank, gain=gain, device=device)
-            layer = Steered(name, made, top_k=top_k, weight=weight, group=group, device=device)
-            handle.add(layer.train(model.training))
-            handle.undo.extend(_attach(router, layer))
-            if isinstance(made, SteeringLoss):
-                handle.routers.append(router)
-    except BaseException:
-        handle.detach()
-        raise
-
-    def before(model: nn.Module, args: Any) -> None:
-        handle.before_forward(model.training)
-
-    handle.undo.append(model.register_forward_pre_hook(before).remove)
-    return handle
+    return attach_all(model, steering, found, _attach)
 
 
-def _attach(router: Any, layer: Steered) -> list[Callable[[], None]]:
+def _attach(found: Found, layer: Steered, handle: Handle) -> list[Undo]:
+    router = found.module
+
     def before(router: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if layer.bias is None or not layer.enabled:
             return None

@@ -22,23 +22,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tamoe.adapters.handle import (
-    Handle,
-    How,
-    check_experts,
-    check_steer_arguments,
-    make_steer,
-)
+from tamoe.adapters.attach import Found, Steering, attach_all
+from tamoe.adapters.handle import Handle
 from tamoe.adapters.rules import find_rule
 from tamoe.adapters.steered import Rule, Steered
 from tamoe.adapters.versions import require
 from tamoe.gate import best_experts
 from tamoe.plan_module import PlanRows
-from tamoe.steering_loss import SteeringLoss
 from tamoe.topology.errors import InputError
 
 if TYPE_CHECKING:
-    from tamoe.bias import TopologyBias
+    from tamoe.adapters.attach import How, Undo
     from tamoe.groups import Group
 
 _ROUTER = re.compile(r"Top[kK]Router$|MoEGate$")
@@ -53,7 +47,7 @@ def steer(
     model: nn.Module,
     plan: PlanRows,
     *,
-    how: How | Callable[[], TopologyBias | SteeringLoss] = "bias",
+    how: How = "bias",
     rank: int | None = None,
     group: Group = None,
     weight: float | None = None,
@@ -101,65 +95,42 @@ def steer(
     left out where the model is called with ``attention_mask=`` by name.
     """
     version = require("transformers")
-    weight = check_steer_arguments(plan, rank, group, weight, how)
+    steering = Steering(plan, how, rank, group, gain, weight)
     found = _routers(model)
     if not found:
         raise InputError(
             f"model is {type(model).__name__} of transformers {version} and has no known router; "
             f"looked for {LOOKED_FOR}"
         )
-    handle = Handle(plan, [])
-    try:
-        for name, module in found.items():
-            top_k, num_experts = _sizes(module)
-            check_experts(plan, num_experts, top_k, f"router {name!r}")
-            device = next(module.parameters()).device
-            made = make_steer(plan, how, group=group, rank=rank, gain=gain, device=device)
-            layer = Steered(name, made, top_k=top_k, weight=weight, group=group, device=device)
-            handle.add(layer.train(model.training))
-            attach = _attach_block if _BLOCK.search(type(module).__name__) else _attach_router
-            handle.undo.append(attach(module, layer, handle, f"{name!r} of transformers {version}"))
-            if isinstance(made, SteeringLoss):
-                handle.routers.append(_gate_of(module))
-    except BaseException:
-        handle.detach()  # all routers or none
-        raise
-    hook = model.register_forward_pre_hook(_before_forward(handle), with_kwargs=True)
-    handle.undo.append(hook.remove)
-    return handle
+
+    def attach(router: Found, layer: Steered, handle: Handle) -> list[Undo]:
+        where = f"{router.name!r} of transformers {version}"
+        by_itself = _BLOCK.search(type(router.module).__name__)
+        attach_one = _attach_block if by_itself else _attach_router
+        return [attach_one(router.module, layer, handle, where)]
+
+    return attach_all(model, steering, found, attach, _padding)
 
 
-def _routers(model: nn.Module) -> dict[str, Any]:
-    """Routers, or blocks that route by themselves, by name."""
-    found: dict[str, Any] = {}
+def _routers(model: nn.Module) -> list[Found]:
+    """Routers, or blocks that route by themselves."""
+    found = []
     for name, module in model.named_modules():
-        kind = type(module).__name__
-        by_itself = _BLOCK.search(kind) and isinstance(getattr(module, "gate", None), nn.Linear)
+        kind, gate = type(module).__name__, getattr(module, "gate", None)
         # A router may be a linear layer itself; a block with a router inside is not one.
-        if _ROUTER.search(kind) or (by_itself and not _ROUTER.search(type(module.gate).__name__)):
-            found[name] = module
+        linear = isinstance(gate, nn.Linear) and not _ROUTER.search(type(gate).__name__)
+        if linear and gate is not None and _BLOCK.search(kind):
+            found.append(Found(name, module, gate.weight, int(module.top_k)))
+        elif _ROUTER.search(kind):
+            found.append(Found(name, module, module.weight, int(module.top_k)))
     return found
 
 
-def _sizes(module: Any) -> tuple[int, int]:
-    weight = _gate_of(module).weight
-    assert isinstance(weight, torch.Tensor)
-    return int(module.top_k), len(weight)
-
-
-def _gate_of(module: Any) -> nn.Module:
-    """Where the router's weight is."""
-    return module if hasattr(module, "weight") else module.gate
-
-
-def _before_forward(handle: Handle) -> Callable[[nn.Module, Any, Mapping[str, Any]], None]:
-    def before(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
-        if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
-            mask = None  # absent, or of another kind than padding
-        handle.before_forward(model.training, None if mask is None else mask.reshape(-1))
-
-    return before
+def _padding(kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    mask = kwargs.get("attention_mask")
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        return None  # absent, or of another kind than padding
+    return mask.reshape(-1)
 
 
 # ---- routers that are modules: a hook on what they return ---------------------------------------
@@ -261,8 +232,7 @@ def _run_experts(
 
 def _check_block(block: Any, rule: Rule, top_k: int, where: str) -> None:
     """Raise :class:`InputError` where a block does not route, run experts and add."""
-    weight = _gate_of(block).weight
-    assert isinstance(weight, torch.Tensor)
+    weight = block.gate.weight
     generator = torch.Generator().manual_seed(0)
     x_BSD = torch.randn(1, 8, weight.shape[1], generator=generator).to(weight)
 

@@ -132,17 +132,29 @@ def group_balance_loss(
     """
     num_experts = check_shapes(probs_TN, expert_index_TK, None, mask_T)
     mass_N, counts_N, tokens = totals(probs_TN, expert_index_TK, mask_T, least=0)
-    size, total = 1, torch.cat([mass_N.detach(), counts_N, tokens.reshape(1)])
-    resolved = process_group(group)
-    if resolved is not None:
-        size = torch.distributed.get_world_size(resolved)
-        torch.distributed.all_reduce(total, group=resolved)
-    all_mass_N, all_counts_N, all_tokens = total.split([num_experts, num_experts, 1])
-    all_tokens = all_tokens.clamp_min(1)
-    # The value is the group's; the gradient is the own part's, times the number of equal losses.
-    mass_N = all_mass_N + size * (mass_N - mass_N.detach())
+    total = group_sum(torch.cat([mass_N, counts_N, tokens.reshape(1)]), group)
+    mass_N, counts_N, tokens = total.split([num_experts, num_experts, 1])
+    tokens = tokens.detach().clamp_min(1)
     top_k = max(expert_index_TK.shape[1], 1)
-    return num_experts * ((mass_N / all_tokens) * (all_counts_N / (top_k * all_tokens))).sum()
+    return num_experts * ((mass_N / tokens) * (counts_N.detach() / (top_k * tokens))).sum()
+
+
+def group_sum(value: torch.Tensor, group: Group = None) -> torch.Tensor:
+    """Sum over the ranks of a group, with the gradient of the sum of the ranks' equal losses.
+
+    Collective forward, not backward. *Averaging* gradients over the group gives the gradient of a
+    loss of this sum.
+
+    >>> group_sum(torch.tensor([1.0, 2.0])).tolist()
+    [1.0, 2.0]
+    """
+    resolved = process_group(group)
+    if resolved is None:
+        return value
+    total = value.detach().clone()
+    torch.distributed.all_reduce(total, group=resolved)
+    # The gradient is the own part's, times the number of equal losses.
+    return total + torch.distributed.get_world_size(resolved) * (value - value.detach())
 
 
 def pooled_balance_loss(

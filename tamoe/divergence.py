@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from tamoe.capacity import checked_factor
+from tamoe.near_experts import near_experts
 from tamoe.plan_module import PlanRows
 from tamoe.router_losses import locality_loss, target_divergence
 from tamoe.steering_loss import SteeringLoss
@@ -130,6 +131,11 @@ class LocalityLoss(SteeringLoss):
         super().__init__(plan, group, rank, device)
 
     @property
+    def is_even(self) -> bool:
+        """Whether all experts are near, so that there is nothing to steer."""
+        return bool(self._numbers_N.all())
+
+    @property
     def near_N(self) -> torch.Tensor:
         """Experts on the rank's node, ``[N]`` bool."""
         return self.row_N > 0
@@ -151,14 +157,3 @@ class LocalityLoss(SteeringLoss):
                 f"plan: the node of rank {self.rank} has no expert; allowed: at least one"
             )
         return near_N.astype(float)
-
-
-def near_experts(plan: PlanRows, rank: int) -> np.ndarray:
-    """Which experts are on the node of a rank, ``[N]`` bool."""
-    topology, expert_rank_N = getattr(plan, "topology", None), getattr(plan, "expert_rank_N", None)
-    if topology is None or expert_rank_N is None:
-        raise InputError(
-            f"plan is {type(plan).__name__}; allowed: a tamoe.solver.Plan, which knows nodes"
-        )
-    node_of = np.array(topology.node_of)
-    return node_of[expert_rank_N(rank)] == node_of[rank]

@@ -76,8 +76,14 @@ class ExpertBias(Float32State):
         if not 0 <= decay < math.inf:
             raise InputError(f"decay is {decay}; allowed: finite and >= 0")
         self.speed, self.decay, self.group = float(speed), float(decay), group
-        self.register_buffer("bias_N", torch.zeros(num_experts, device=device))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
+        self.register_buffer("bias_N", torch.empty(num_experts, device=device))
+        self.register_buffer("steps", torch.empty((), dtype=torch.int64, device=device))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Forget what was measured."""
+        self.bias_N.zero_()
+        self.steps.zero_()
 
     @property
     def num_experts(self) -> int:

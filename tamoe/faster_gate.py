@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tamoe.divergence import near_experts
 from tamoe.gate import Gate, GateOptions, best_experts
-from tamoe.plan_module import resolve_rank
+from tamoe.near_experts import NearExperts
 from tamoe.topology.errors import InputError
 
 if TYPE_CHECKING:
@@ -43,8 +42,8 @@ class FasterGate(Gate):
 
     Notes
     -----
-    He et al. (2022), FasterMoE. Its loss is the balance loss of GShard; pass
-    ``balance_counts="first"`` for the original's.
+    He et al. (2022), FasterMoE. Its balance loss counts what is dispatched; the original's counts
+    first choices before they are redirected.
 
     Examples
     --------
@@ -56,8 +55,6 @@ class FasterGate(Gate):
     >>> int((gate(torch.randn(64, 16)).expert_index_TK >= 2).sum()) <= 8
     True
     """
-
-    near_N: torch.Tensor
 
     def __init__(
         self,
@@ -78,19 +75,17 @@ class FasterGate(Gate):
             raise InputError(f"remote_share is {remote_share}; allowed: 0 to 1")
         super().__init__(hidden_size, num_experts, top_k=top_k, **options)
         self.remote_share, self.second_choices_escape = float(remote_share), second_choices_escape
-        near_N = near_experts(plan, resolve_rank(plan, options.get("group"), rank))
-        if len(near_N) != num_experts:
+        self.near = NearExperts(plan, options.get("group"), rank, options.get("device"))
+        if self.near.num_experts != num_experts:
             raise InputError(
-                f"plan has {len(near_N)} experts and the gate {num_experts}; allowed: the same "
-                f"number"
+                f"plan has {self.near.num_experts} experts and the gate {num_experts}; allowed: "
+                f"the same number"
             )
-        if near_N.sum() < top_k:
+        if self.near.num_near < top_k:
             raise InputError(
-                f"top_k is {top_k} and the rank's node has {near_N.sum()} experts; allowed: at "
-                f"least as many, since tokens are redirected to them"
+                f"top_k is {top_k} and the rank's node has {self.near.num_near} experts; allowed: "
+                f"at least as many, since tokens are redirected to them"
             )
-        device = options.get("device")
-        self.register_buffer("near_N", torch.from_numpy(near_N).to(device), persistent=False)
 
     def _default_aux_weight(self) -> float:
         return 0.01
@@ -98,7 +93,7 @@ class FasterGate(Gate):
     def _select(self, logits_TN: torch.Tensor, mask_T: torch.Tensor | None) -> torch.Tensor:
         score_TN = self._biased(self._scores(logits_TN), mask_T)
         free_TK = best_experts(score_TN, self.top_k)
-        remote_TK = ~self.near_N[free_TK]
+        remote_TK = ~self.near.near_N[free_TK]
         if mask_T is not None:
             remote_TK = remote_TK & mask_T.bool().unsqueeze(1)
         budget = self._budget(score_TN, mask_T)
@@ -110,7 +105,7 @@ class FasterGate(Gate):
     def _redirected(
         self, score_TN: torch.Tensor, prefers_T: torch.Tensor, budget: int | torch.Tensor
     ) -> torch.Tensor:
-        near_TK = best_experts(score_TN.masked_fill(~self.near_N, -torch.inf), self.top_k)
+        near_TK = best_experts(score_TN.masked_fill(~self.near.near_N, -torch.inf), self.top_k)
         best_T1 = best_experts(score_TN, 1)
         worth_T = score_TN.gather(1, best_T1).squeeze(1).masked_fill(~prefers_T, -torch.inf)
         order_T = worth_T.argsort(descending=True, stable=True)

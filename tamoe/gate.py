@@ -108,7 +108,8 @@ class Gate(nn.Module, ABC):
     aux_weight
         Factor of the loss in ``Routing.aux_loss``, >= 0. The topology loss where ``steer``
         is one, else the balance loss (1 at even routing), plus ``steer`` where that is another
-        loss. None: 0.01, but 0 for a NaiveGate that no loss steers.
+        loss. None: 0.01, but 0 for a NaiveGate that no loss steers and
+        for a SigmoidGate that an ExpertBias balances.
     z_weight
         Factor of :func:`tamoe.functional.z_loss`, >= 0. ST-MoE uses 0.001.
     balance_over
@@ -218,6 +219,8 @@ class Gate(nn.Module, ABC):
             )
         if mask_T is not None and mask_T.shape != x_TD.shape[:1]:
             raise InputError(f"mask_T is {tuple(mask_T.shape)}; allowed: ({len(x_TD)},)")
+        if mask_T is not None:  # padding may hold NaN, which would reach the weight's gradient
+            x_TD = torch.where(mask_T.bool().unsqueeze(1), x_TD, 0.0)
         scored = self._score(self._jittered(x_TD))
         logits_TN = scored.logits_TN
         check_finite(logits_TN, mask_T)

@@ -36,6 +36,8 @@ class GroupLimit(nn.Module):
     score
         What a group is worth: its best expert (``"max"``, DeepSeek-V2) or the sum of its two best
         (``"top2"``, DeepSeek-V3). Of equal groups the lower goes first.
+    device
+        Of the tables; that of the gate.
 
     Raises
     ------
@@ -53,7 +55,12 @@ class GroupLimit(nn.Module):
     expert_GM: torch.Tensor
 
     def __init__(
-        self, group_of_N: Sequence[int], top_groups: int, *, score: GroupScore = "max"
+        self,
+        group_of_N: Sequence[int],
+        top_groups: int,
+        *,
+        score: GroupScore = "max",
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         if score not in ("max", "top2"):
@@ -70,12 +77,28 @@ class GroupLimit(nn.Module):
         self.score: GroupScore = score
         largest = max(map(len, members))
         padded = [[*group, *[-1] * (largest - len(group))] for group in members]
-        self.register_buffer("group_of_N", torch.tensor(list(group_of_N)), persistent=False)
-        self.register_buffer("expert_GM", torch.tensor(padded), persistent=False)
+        self._groups, self._experts = list(group_of_N), padded
+        self._sizes = sorted(map(len, members))
+        for name, numbers in (("group_of_N", self._groups), ("expert_GM", padded)):
+            shape = torch.Size([len(numbers)] if name == "group_of_N" else [len(padded), largest])
+            empty = torch.empty(shape, dtype=torch.int64, device=device)
+            self.register_buffer(name, empty, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Write the buffers anew, for example after ``to_empty`` of a model made on ``meta``."""
+        self.group_of_N.copy_(torch.tensor(self._groups, device="cpu"))
+        self.expert_GM.copy_(torch.tensor(self._experts, device="cpu"))
 
     @classmethod
     def of_nodes(
-        cls, plan: Plan, top_groups: int, *, score: GroupScore = "max", rank: int = 0
+        cls,
+        plan: Plan,
+        top_groups: int,
+        *,
+        score: GroupScore = "max",
+        rank: int = 0,
+        device: torch.device | str | None = None,
     ) -> Self:
         """Groups are the nodes that hold the experts of a rank's expert-parallel group.
 
@@ -83,7 +106,7 @@ class GroupLimit(nn.Module):
         ----------
         plan
             :class:`tamoe.solver.Plan`, which knows the nodes and where experts are.
-        top_groups, score
+        top_groups, score, device
             As for the class.
         rank
             Any rank of the group; only a plan with several ``ep_groups`` needs it.
@@ -98,7 +121,8 @@ class GroupLimit(nn.Module):
         """
         nodes = [plan.topology.node_of[place] for place in plan.expert_rank_N(rank)]
         used = sorted(set(nodes))  # a node may have no expert
-        return cls([used.index(node) for node in nodes], top_groups, score=score)
+        groups = [used.index(node) for node in nodes]
+        return cls(groups, top_groups, score=score, device=device)
 
     @property
     def num_experts(self) -> int:
@@ -108,8 +132,7 @@ class GroupLimit(nn.Module):
     @property
     def least_experts(self) -> int:
         """How many experts every token may take at least: those of the smallest groups."""
-        sizes = sorted((self.expert_GM >= 0).sum(1).tolist())
-        return sum(sizes[: self.top_groups])
+        return sum(self._sizes[: self.top_groups])
 
     def forward(self, score_TN: torch.Tensor) -> torch.Tensor:
         """Experts that each token may take, ``[T, N]`` bool."""

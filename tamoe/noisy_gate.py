@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tamoe.balance import group_sum
 from tamoe.gate import Gate, GateOptions, Scored, wide_linear
 from tamoe.loss_totals import expert_counts
 from tamoe.router_losses import squared_variation
@@ -31,12 +32,13 @@ class NoisyGate(Gate):
     Parameters
     ----------
     hidden_size, num_experts, top_k, options
-        See :class:`tamoe.Gate`; ``balance_over`` is not asked: both numbers are this rank's.
+        See :class:`tamoe.Gate`. ``balance_over="sequence"`` is taken for ``"rank"``.
 
     Notes
     -----
     Shazeer et al. (2017), section 4 and appendix A. ``Routing.probs_TN`` are those of the noisy
-    logits. Without noise (evaluation) or where every expert is chosen, load counts choices.
+    logits. Without noise (evaluation), where every expert is chosen, and where biases or limits
+    choose as well, load counts choices.
 
     Examples
     --------
@@ -93,13 +95,17 @@ class NoisyGate(Gate):
             probs_TN, index_TK = probs_TN[keep_T], index_TK[keep_T]
         weight_TK = self._weigh(scored.logits_TN, probs_TN, index_TK)
         importance_N = torch.zeros_like(probs_TN).scatter(1, index_TK, weight_TK).sum(0)
-        load_N = self._load_N(scored, index_TK)
-        return squared_variation(importance_N) + squared_variation(load_N)
+        both_2N = torch.stack([importance_N, self._load_N(scored, index_TK)])
+        if self.balance_over == "group" and self.training:
+            both_2N = group_sum(both_2N, self.group)
+        return squared_variation(both_2N[0]) + squared_variation(both_2N[1])
 
     def _load_N(self, scored: Scored, index_TK: torch.Tensor) -> torch.Tensor:
         """Expected choices of each expert, over the noise of its own logit."""
         noisy_TN, clean_TN, spread_TN = scored
-        if clean_TN is None or spread_TN is None or self.top_k == self.num_experts:
+        by_logits = self._bias() is None and self.expert_bias is None and self.limit is None
+        chosen_by_noise = clean_TN is not None and by_logits and self.top_k < self.num_experts
+        if not chosen_by_noise or clean_TN is None or spread_TN is None:
             return expert_counts(index_TK, self.num_experts).to(noisy_TN.dtype)
         return keep_probability(noisy_TN, clean_TN, spread_TN, self.top_k).sum(0)
 

@@ -78,8 +78,10 @@ def target_divergence(
         )
     wide_TN, keep_T = widened(probs_TN, mask_T)
     mean_N = wide_TN.sum(0) / keep_T.sum().clamp_min(1)
+    mean_N = mean_N.clamp_min(torch.finfo(mean_N.dtype).tiny)  # at 0 the gradient is not finite
     share_N = (target_N / target_N.sum()).detach().to(mean_N.dtype)
-    return (torch.xlogy(mean_N, mean_N) - torch.xlogy(mean_N, share_N)).sum()
+    divergence = (mean_N * (mean_N.log() - share_N.log())).sum()
+    return torch.where(keep_T.any(), divergence, 0.0)
 
 
 def locality_loss(

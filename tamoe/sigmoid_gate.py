@@ -8,6 +8,7 @@ import torch
 
 from tamoe.capacity import checked_factor
 from tamoe.gate import Gate, GateOptions
+from tamoe.steering_loss import SteeringLoss
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -49,7 +50,8 @@ class SigmoidGate(Gate):
         self.route_scale = checked_factor("route_scale", route_scale)
 
     def _default_aux_weight(self) -> float:
-        return 0.01 if self.expert_bias is None else 0.0
+        by_bias = self.expert_bias is not None and not isinstance(self.steer, SteeringLoss)
+        return 0.0 if by_bias else 0.01
 
     def _probs(self, logits_TN: torch.Tensor) -> torch.Tensor:
         score_TN = logits_TN.sigmoid()

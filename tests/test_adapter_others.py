@@ -49,6 +49,13 @@ def top_k_gate(top_k: int, **options: Any) -> torch.nn.Module:
     return gate
 
 
+def scattered(routes: tuple[Any, ...]) -> torch.Tensor:
+    """Weights ``[T, N]`` of seven sparse results."""
+    index, weight = routes[3].T.long(), routes[5].T
+    kept = torch.where(index >= 0, weight, 0.0)
+    return torch.zeros(len(index), 8).scatter_add(1, index.clamp_min(0), kept)
+
+
 @needs_deepspeed
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 @pytest.mark.parametrize("sparse", [False, True])
@@ -76,6 +83,13 @@ def test_an_even_plan_gives_what_deepspeed_gives(top_k, sparse, drop_tokens):
         for at in (3, 4, 5):
             assert ours[at].shape == theirs[at].shape
             assert ours[at].dtype == theirs[at].dtype
+        if not (top_k == 1 and drop_tokens):
+            # What goes to each expert with which weight; in which place is free.
+            torch.testing.assert_close(scattered(ours), scattered(theirs), rtol=1e-4, atol=1e-6)
+        used = ours[3] >= 0
+        slots = ours[3][used].long() * int(ours[1]) + ours[4][used].long()
+        assert len(slots.unique()) == len(slots)
+        assert (ours[4][used] < int(ours[1])).all()
     elif not (top_k == 1 and drop_tokens):  # which of equals stay is DeepSpeed's secret
         torch.testing.assert_close(ours[1].sum(2), theirs[1].sum(2), rtol=1e-4, atol=1e-6)
         assert torch.equal(ours[2].any(2), theirs[2].any(2))
@@ -154,7 +168,7 @@ def test_what_deepspeed_does_not_fit_is_refused():
         steer(top_k_gate(1, noisy_gate_policy="RSample"), two_nodes(), rank=0)
     with pytest.raises(InputError, match="looked for modules of class TopKGate"):
         steer(torch.nn.Linear(2, 2), two_nodes(), rank=0)
-    with pytest.raises(InputError, match="plan was solved for top_k=2 and gate '' takes 4"):
+    with pytest.raises(InputError, match="plan was solved for top_k=2 and router '' takes 4"):
         steer(top_k_gate(4), near(), rank=0)
 
 
@@ -200,6 +214,11 @@ def megatron_router(group: Any, **options: Any) -> torch.nn.Module:
         {"moe_router_pre_softmax": True},
         {"moe_router_score_function": "sigmoid", "moe_router_topk_scaling_factor": 2.5},
         {"moe_router_num_groups": 4, "moe_router_group_topk": 2},
+        {
+            "moe_router_num_groups": 2,
+            "moe_router_group_topk": 1,
+            "moe_router_pre_softmax": True,
+        },
     ],
     ids=str,
 )
@@ -218,7 +237,7 @@ def test_megatrons_router_reaches_the_target_and_is_itself_again(one_rank, optio
             torch.testing.assert_close(mine, theirs)
     handle = steer(router, plan, rank=0)
     for step in range(200):
-        handle.before_forward(training=True)
+        handle.before_router(handle.layers[0], training=True)
         probs, chosen = route(step)
         assert torch.equal(probs > 0, chosen)
         if step == 149:

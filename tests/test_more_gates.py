@@ -22,6 +22,7 @@ from tamoe import (
     SwitchGate,
     TargetDivergence,
     TopologyBias,
+    TopologyLoss,
 )
 from tamoe.functional import balance_loss, expert_counts, sequence_balance_loss, z_loss
 from tamoe.noisy_gate import keep_probability
@@ -255,7 +256,7 @@ def test_at_most_the_budget_leaves_the_node(seed, count, share, top_k, rank, lea
     gate = FasterGate(16, 8, plan=plan, rank=rank, top_k=top_k, remote_share=share)
     x = torch.randn(count, 16)
     with torch.no_grad():  # lean towards or away from the other node
-        far = ~gate.near_N
+        far = ~gate.near.near_N
         gate.weight[far] += lean * x.mean(0) if count else 0.0
     index = gate(x).expert_index_TK
     remote = far[index]
@@ -381,6 +382,36 @@ def test_logits_that_are_no_numbers_are_refused_but_not_in_padding():
     routing = gate(x, torch.tensor([1, 1, 0, 1]))
     assert routing.expert_index_TK[2].tolist() == [-1, -1]
     assert gate(tokens(4), torch.zeros(4)).aux_loss.item() == 0.0
+
+
+@pytest.mark.parametrize("kind", [NaiveGate, SigmoidGate, NoisyGate, SwitchGate])
+def test_padding_that_is_no_number_leaves_gradients_whole(kind):
+    torch.manual_seed(0)
+    gate = kind(16, 8, aux_weight=1.0)
+    x, mask = tokens(12), torch.arange(12) < 8
+    x[8:] = float("nan")
+    routing = gate(x, mask)
+    (routing.aux_loss + routing.weight_TK.sum()).backward()
+    assert gate.weight.grad.isfinite().all()
+    assert gate.weight.grad.abs().sum() > 0
+
+
+def test_state_that_differs_by_rank_says_so_and_is_made_anew():
+    gate = FasterGate(16, 8, plan=plan_of("2x4"), rank=7)
+    assert gate.near.tamoe_scope == "rank"
+    limit, bias = GroupLimit([0, 0, 1], 1), ExpertBias(3)
+    for module, buffer in ((gate.near, "near_N"), (limit, "expert_GM"), (bias, "bias_N")):
+        before = getattr(module, buffer).clone()
+        module.to_empty(device="meta").to_empty(device="cpu")
+        module.reset_parameters()
+        assert torch.equal(getattr(module, buffer), before)
+
+
+def test_a_topology_loss_steers_a_sigmoid_gate_that_an_expert_bias_balances():
+    loss = TopologyLoss(two_nodes(), rank=0)
+    gate = SigmoidGate(16, 8, scope="rank", steer=loss, expert_bias=ExpertBias(8))
+    assert gate.aux_weight == 0.01
+    assert SigmoidGate(16, 8, expert_bias=ExpertBias(8)).aux_weight == 0.0
 
 
 def test_wrong_options_say_what_is_allowed():
