@@ -10,7 +10,7 @@ ARGS ?=
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install -q $(PIP_ARGS)
 INSTALL = $(PIP) --no-deps --no-build-isolation
 
-BESIDE = $(PIP) --no-deps --upgrade --target
+BESIDE = $(PIP) --no-deps --no-compile --upgrade --target
 
 .PHONY: demo demo-data test frameworks lint format clean
 

@@ -74,7 +74,7 @@ def test_the_bias_reaches_the_target_in_200_steps_of_training(family):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     handle = steer(model, plan, rank=0)
     for step in range(200):
-        tokens = batch(seed=step)
+        tokens = batch(size=4, seed=step)
         loss = model(tokens, labels=tokens).loss + handle.loss()
         optimizer.zero_grad()
         loss.backward()
