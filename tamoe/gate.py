@@ -220,7 +220,8 @@ class Gate(nn.Module, ABC):
         if mask_T is not None and mask_T.shape != x_TD.shape[:1]:
             raise InputError(f"mask_T is {tuple(mask_T.shape)}; allowed: ({len(x_TD)},)")
         if mask_T is not None:  # padding may hold NaN, which would reach the weight's gradient
-            x_TD = torch.where(mask_T.bool().unsqueeze(1), x_TD, 0.0)
+            whole_T = mask_T.bool() | x_TD.isfinite().all(1)
+            x_TD = torch.where(whole_T.unsqueeze(1), x_TD, 0.0)
         scored = self._score(self._jittered(x_TD))
         logits_TN = scored.logits_TN
         check_finite(logits_TN, mask_T)
