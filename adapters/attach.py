@@ -39,6 +39,25 @@ class Found:
     top_k: int
 
 
+def routers_of_class(
+    model: nn.Module, kind: str, framework: str, read: Callable[[Any], tuple[torch.Tensor, int]]
+) -> list[Found]:
+    """The modules of a class, with the weight and the top_k that are read off each.
+
+    Raises
+    ------
+    InputError
+        There is none.
+    """
+    named = [(name, m) for name, m in model.named_modules() if type(m).__name__ == kind]
+    if not named:
+        raise InputError(
+            f"model is {type(model).__name__} and has no router of {framework}; looked for modules "
+            f"of class {kind}"
+        )
+    return [Found(name, module, *read(module)) for name, module in named]
+
+
 @dataclass(frozen=True)
 class Steering:
     """What all adapters are asked for; they describe it.

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from tamoe.adapters.attach import Found, Steering, attach_all
+from tamoe.adapters.attach import Found, Steering, attach_all, routers_of_class
 from tamoe.adapters.handle import Handle
 from tamoe.adapters.steered import Rule, Steered
 from tamoe.adapters.versions import require
 from tamoe.capacity import within_capacity
-from tamoe.gate import best_experts, wide_linear
 from tamoe.groups import process_group
+from tamoe.logits import best_experts, wide_linear
 from tamoe.loss_totals import expert_counts
 from tamoe.plan_module import PlanRows
 from tamoe.topology.errors import InputError
@@ -82,16 +82,9 @@ def steer(
     """
     version = require("deepspeed")
     steering = Steering(plan, how, rank, group, gain, weight=0.0)  # the loss is in l_aux
-    found = [
-        Found(name, gate, gate.wg.weight, int(gate.k))
-        for name, gate in model.named_modules()
-        if type(gate).__name__ == "TopKGate"
-    ]
-    if not found:
-        raise InputError(
-            f"model is {type(model).__name__} and has no gate of deepspeed {version}; looked for "
-            f"modules of class TopKGate"
-        )
+    found = routers_of_class(
+        model, "TopKGate", f"deepspeed {version}", lambda router: (router.wg.weight, int(router.k))
+    )
 
     def attach(router: Found, layer: Steered, handle: Handle) -> list[Undo]:
         return [_attach(router.module, layer)]

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from tamoe.adapters.attach import Steering
-from tamoe.gate import wide_linear
 from tamoe.gates import NaiveGate
+from tamoe.logits import wide_linear
 from tamoe.plan_module import PlanRows
 from tamoe.topology.errors import InputError
 

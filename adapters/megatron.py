@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from tamoe.adapters.attach import Found, Steering, attach_all
+from tamoe.adapters.attach import Found, Steering, attach_all, routers_of_class
 from tamoe.adapters.handle import Handle
 from tamoe.adapters.steered import Limit, Rule, Steered
 from tamoe.adapters.versions import require
@@ -63,16 +63,12 @@ def steer(
     """
     version = require("megatron")
     steering = Steering(plan, how, rank, group, gain, weight)
-    found = [
-        Found(name, router, router.weight, int(router.topk))
-        for name, router in model.named_modules()
-        if type(router).__name__ == "TopKRouter"
-    ]
-    if not found:
-        raise InputError(
-            f"model is {type(model).__name__} and has no router of megatron-core {version}; looked "
-            f"for modules of class TopKRouter"
-        )
+    found = routers_of_class(
+        model,
+        "TopKRouter",
+        f"megatron-core {version}",
+        lambda router: (router.weight, int(router.topk)),
+    )
     return attach_all(model, steering, found, _attach)
 
 

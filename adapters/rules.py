@@ -19,8 +19,8 @@ import torch
 from torch.nn import functional as F
 
 from tamoe.adapters.steered import Rule, Score
-from tamoe.gate import best_experts
 from tamoe.group_limit import GroupLimit
+from tamoe.logits import best_experts
 from tamoe.topology.errors import InputError
 
 _TOKENS = 512  # asked of a router; few do not tell group limits from each other

@@ -17,7 +17,7 @@ from torch import nn
 
 from tamoe.balance import balance_loss, group_balance_loss
 from tamoe.bias import TopologyBias
-from tamoe.gate import best_experts
+from tamoe.logits import best_experts
 from tamoe.loss_totals import expert_counts
 from tamoe.steering_loss import SteeringLoss
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from tamoe.adapters.attach import Found, Steering, attach_all
+from tamoe.adapters.attach import Found, Steering, attach_all, routers_of_class
 from tamoe.adapters.handle import Handle
 from tamoe.adapters.steered import Steered, in_backward
 from tamoe.adapters.versions import require
@@ -58,16 +58,12 @@ def steer(
     """
     version = require("torchtitan")
     steering = Steering(plan, how, rank, group, gain, weight)
-    found = [
-        Found(name, router, router.gate.weight, int(router.top_k))
-        for name, router in model.named_modules()
-        if type(router).__name__ == "TokenChoiceTopKRouter"
-    ]
-    if not found:
-        raise InputError(
-            f"model is {type(model).__name__} and has no router of torchtitan {version}; looked "
-            f"for modules of class TokenChoiceTopKRouter"
-        )
+    found = routers_of_class(
+        model,
+        "TokenChoiceTopKRouter",
+        f"torchtitan {version}",
+        lambda router: (router.gate.weight, int(router.top_k)),
+    )
     return attach_all(model, steering, found, _attach)
 
 

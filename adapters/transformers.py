@@ -27,7 +27,7 @@ from tamoe.adapters.handle import Handle
 from tamoe.adapters.rules import find_rule
 from tamoe.adapters.steered import Rule, Steered
 from tamoe.adapters.versions import require
-from tamoe.gate import best_experts
+from tamoe.logits import best_experts
 from tamoe.plan_module import PlanRows
 from tamoe.topology.errors import InputError
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tamoe.gate import Gate, GateOptions, best_experts
+from tamoe.gate import Gate, GateOptions
+from tamoe.logits import best_experts
 from tamoe.near_experts import NearExperts
 from tamoe.topology.errors import InputError
 

@@ -6,12 +6,10 @@ Shape suffixes: T tokens, D hidden size, K choices, N experts of the whole group
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from tamoe.balance import balance_loss, group_balance_loss, sequence_balance_loss
 from tamoe.bias import TopologyBias
@@ -19,6 +17,7 @@ from tamoe.capacity import DropPolicy, TopologyCapacity, even_capacity, within_c
 from tamoe.expert_bias import ExpertBias
 from tamoe.gate_checks import check_finite, check_gate
 from tamoe.group_limit import GroupLimit
+from tamoe.logits import best_experts, wide_linear
 from tamoe.loss_totals import expert_counts
 from tamoe.router_losses import z_loss
 from tamoe.routing import Routing
@@ -374,28 +373,3 @@ class Gate(nn.Module, ABC):
             return kept_TK
         left_T1 = kept_TK.sum(1, keepdim=True)
         return kept_TK * (weight_TK.sum(1, keepdim=True) / torch.where(left_T1 > 0, left_T1, 1.0))
-
-
-def best_experts(score_TN: torch.Tensor, top_k: int) -> torch.Tensor:
-    """The experts of the k highest scores, ``[T, K]``; of equal scores the lower expert's.
-
-    >>> best_experts(torch.tensor([[1.0, 3.0, 3.0]]), 2).tolist()
-    [[1, 2]]
-    """
-    # A stable sort, not topk: equal logits go to the lower expert on every device.
-    return score_TN.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
-
-
-def wide_linear(x_TD: torch.Tensor, weight_ND: torch.Tensor) -> torch.Tensor:
-    """Products of tokens and experts' vectors, ``[T, N]`` in float32 or wider.
-
-    Narrow types round logits enough to flip choices (Switch Transformer, section 2.4).
-
-    >>> wide_linear(torch.ones(2, 4, dtype=torch.bfloat16), torch.ones(3, 4)).dtype
-    torch.float32
-    """
-    dtype = torch.promote_types(torch.promote_types(x_TD.dtype, weight_ND.dtype), torch.float32)
-    device = x_TD.device.type
-    # meta, where shapes are traced, knows no autocast.
-    with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
-        return F.linear(x_TD.to(dtype), weight_ND.to(dtype))

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from tamoe.balance import group_sum
-from tamoe.gate import Gate, GateOptions, Scored, wide_linear
+from tamoe.gate import Gate, GateOptions, Scored
+from tamoe.logits import wide_linear
 from tamoe.loss_totals import expert_counts
 from tamoe.router_losses import squared_variation
 from tamoe.scope import mark_scope

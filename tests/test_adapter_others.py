@@ -255,7 +255,7 @@ def test_megatrons_router_reaches_the_target_and_is_itself_again(one_rank, optio
 @pytest.fixture
 def titan(monkeypatch):
     if not TITAN.is_dir():
-        pytest.skip("torchtitan is not installed beside")
+        pytest.skip("torchtitan is not installed beside: make frameworks")
     monkeypatch.setattr(sys, "path", [*sys.path, str(TITAN)])
     from torchtitan.models.common.linear import Linear
     from torchtitan.models.common.moe import TokenChoiceTopKRouter

@@ -265,7 +265,9 @@ def test_reentrant_checkpointing_is_named_where_it_cuts_off_the_loss():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not OLD.is_dir(), reason="Transformers 4.57 is not installed beside")
+@pytest.mark.skipif(
+    not OLD.is_dir(), reason="Transformers 4.57 is not installed beside: make frameworks"
+)
 def test_all_of_this_holds_under_transformers_4():
     environment = os.environ | {"PYTHONPATH": str(OLD)}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
