@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-#define TAMOE_ABI 1
+#define TAMOE_ABI 2
 
 #define TAMOE_BAD_ARGUMENT (-1)   // a size, dtype or pointer that the function does not take
 #define TAMOE_TOO_LARGE (-2)      // more experts or choices than the kernel is made for
@@ -62,6 +62,15 @@ TAMOE_API int tamoe_combine_backward(int dtype, const void* grad, const void* ro
                                      const int64_t* offset, const int64_t* index, int64_t num_terms,
                                      const void* weight, void* grad_row, void* grad_weight, int64_t num_sums,
                                      int64_t width, void* stream);
+
+// Memory of this process that the other processes of a node map, on one GPU or on GPUs with peer access.
+//   address  where the memory is; zeroed when tamoe_share_memory returns, which waits for the device
+//   handle   [TAMOE_HANDLE_BYTES] on the host, to hand to another process
+// It lives until its process ends: nobody else knows when the last peer is done with it. The CPU build has none.
+#define TAMOE_HANDLE_BYTES 64
+TAMOE_API int tamoe_share_memory(int64_t bytes, void** address, void* handle);
+TAMOE_API int tamoe_map_memory(const void* handle, void** address);
+TAMOE_API int tamoe_unmap_memory(void* address);
 
 // Rows straight into the receive buffers of peers, which this process has mapped. Each peer's memory is a
 // header of tamoe_peer_header_bytes, zeroed once, then capacity_rows rows. Rows arrive by sender, each

@@ -1,4 +1,4 @@
-// What the library says about itself: its version, messages for codes, the device, the test schedule.
+// What is no kernel: version, messages for codes, the device, the test schedule, memory between processes.
 #include "port.h"
 
 int tamoe_abi(void) { return TAMOE_ABI; }
@@ -31,5 +31,38 @@ int tamoe_shim_seed(uint64_t seed) {
 #else
     shim::seed() = seed;
     return 0;
+#endif
+}
+
+int tamoe_share_memory(int64_t bytes, void** address, void* handle) {
+#ifdef __CUDACC__
+    static_assert(sizeof(cudaIpcMemHandle_t) == TAMOE_HANDLE_BYTES, "what peers hand to each other");
+    cudaError_t code = cudaMalloc(address, static_cast<size_t>(bytes));
+    if (code == cudaSuccess) code = cudaMemset(*address, 0, static_cast<size_t>(bytes));
+    if (code == cudaSuccess) code = cudaIpcGetMemHandle(static_cast<cudaIpcMemHandle_t*>(handle), *address);
+    if (code == cudaSuccess) code = cudaDeviceSynchronize();
+    return static_cast<int>(code);
+#else
+    static_cast<void>(bytes), static_cast<void>(address), static_cast<void>(handle);
+    return TAMOE_BAD_ARGUMENT;
+#endif
+}
+
+int tamoe_map_memory(const void* handle, void** address) {
+#ifdef __CUDACC__
+    const auto peer = *static_cast<const cudaIpcMemHandle_t*>(handle);
+    return static_cast<int>(cudaIpcOpenMemHandle(address, peer, cudaIpcMemLazyEnablePeerAccess));
+#else
+    static_cast<void>(handle), static_cast<void>(address);
+    return TAMOE_BAD_ARGUMENT;
+#endif
+}
+
+int tamoe_unmap_memory(void* address) {
+#ifdef __CUDACC__
+    return static_cast<int>(cudaIpcCloseMemHandle(address));
+#else
+    static_cast<void>(address);
+    return TAMOE_BAD_ARGUMENT;
 #endif
 }

@@ -1,8 +1,9 @@
-"""Times what the exchange does to rows on the CPU, in turns with a memcpy of as many bytes.
+"""Times what the exchange does to rows, in turns with a memcpy of as many bytes.
 
 One process with one thread, as a rank runs. Bytes count when an op reads or writes them, and a
-memcpy is timed with as many. A sweep over other memory empties the caches before every call. The
-ops copy into memory that was in use before, all but one: fresh memory can cost more than the work.
+memcpy is timed with as many. A sweep over other memory empties the caches before every call; on a
+GPU it also keeps the device busy until the call is queued. The ops copy into memory that was in use
+before, all but one: fresh memory can cost more than the work.
 
 Shape suffixes: T tokens, K choices, D hidden size, n rows sent (T * K of them).
 """
@@ -82,7 +83,10 @@ class Rate:
 
 
 def bench_cases(
-    cases: Sequence[Case], repetitions: int, sweep_bytes: int = SWEEP_BYTES
+    cases: Sequence[Case],
+    repetitions: int,
+    sweep_bytes: int = SWEEP_BYTES,
+    device: torch.device | str = "cpu",
 ) -> list[Rate]:
     """Time every op in every case, in turns, with one thread; shows progress.
 
@@ -94,6 +98,8 @@ def bench_cases(
         Timed calls of each op, >= 1.
     sweep_bytes
         Memory to walk over before every call.
+    device
+        Where the rows are. On a GPU the ops are tamoe's kernels.
 
     Examples
     --------
@@ -111,7 +117,7 @@ def bench_cases(
         left_s = (time.monotonic() - began_s) / number * (total - number)
         show("rounds", number, total, left_s)
 
-    sweep = torch.zeros(sweep_bytes, dtype=torch.uint8)
+    sweep = torch.zeros(sweep_bytes, dtype=torch.uint8, device=device)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -125,12 +131,15 @@ def bench_cases(
 def _bench_case(
     case: Case, repetitions: int, sweep: torch.Tensor, round_done: Callable[[], None]
 ) -> list[Rate]:
-    steps = _steps(case)
+    steps = _steps(case, sweep.device)
     most_bytes = max(moved_bytes for moved_bytes, _ in steps.values()) // 2
-    source, copied = torch.ones(most_bytes).byte(), torch.zeros(most_bytes).byte()
+    source = torch.randint(256, (most_bytes,), dtype=torch.uint8, device=sweep.device)
+    copied = torch.zeros_like(source)
 
     def timed_s(step: Callable[[], Any]) -> float:
         sweep.add_(1)
+        if sweep.is_cuda:
+            return _queued_s(step)
         start_s = time.perf_counter()
         step()
         return time.perf_counter() - start_s
@@ -148,26 +157,37 @@ def _bench_case(
     ]
 
 
-def _steps(case: Case) -> dict[str, tuple[int, Callable[[], Any]]]:
+def _queued_s(step: Callable[[], Any]) -> float:
+    """Seconds that the device takes for a step."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def _steps(case: Case, device: torch.device) -> dict[str, tuple[int, Callable[[], Any]]]:
     """Bytes that each op reads and writes, and a call of it; the calls are the exchange's own."""
     generator = torch.Generator().manual_seed(0)
     num_experts = max(64, case.top_k)
     dtype, num_tokens, num_rows = DTYPES[case.dtype], case.tokens, case.tokens * case.top_k
 
     def normal(rows: int) -> torch.Tensor:
-        return torch.randn(rows, case.hidden_size, generator=generator).to(dtype)
+        return torch.randn(rows, case.hidden_size, generator=generator).to(device, dtype)
 
     x_TD, row_nD = normal(num_tokens), normal(num_rows)
     packed_nD, placed_nD = torch.zeros_like(row_nD), torch.zeros_like(row_nD)
     index_TK = torch.rand(num_tokens, num_experts, generator=generator).topk(case.top_k).indices
-    token_n = index_TK.flatten().argsort(stable=True) // case.top_k
-    weight_n = torch.rand(num_rows, generator=generator)
+    token_n = (index_TK.flatten().argsort(stable=True) // case.top_k).to(device)
+    weight_n = torch.rand(num_rows, generator=generator).to(device)
     plan = plan_sum(token_n, torch.zeros_like(token_n), num_tokens, ())
     # Rows arrive from 8 ranks, those of each for 8 experts.
     block_n = torch.randint(64, (num_rows,), generator=generator)
     blocks = torch.bincount(block_n, minlength=64).view(8, 8).tolist()
-    place_n = arrangement(list(enumerate(blocks)), token_n.device)
-    by_token_n, cached_mD = token_n.argsort(stable=True), x_TD[:64].clone()
+    place_n = arrangement(list(enumerate(blocks)), device)
+    by_token_n = token_n.argsort(stable=True)
+    cached_mD = (x_TD[:64] if device.type == "cpu" else row_nD).clone()  # a GPU reads all at once
 
     def read() -> None:
         for index_m in by_token_n.split(len(cached_mD)):
@@ -186,11 +206,15 @@ def _steps(case: Case) -> dict[str, tuple[int, Callable[[], Any]]]:
     return dict(zip(OPS, calls, strict=True))
 
 
-def machine() -> dict[str, Any]:
-    """What the rates are of: processor, cores, vector instructions, versions."""
+def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What the rates are of: processor or GPU, cores, vector instructions, versions."""
     info = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.split(":", 1)[1].strip() for line in info if line.startswith("model name")]
+    gpu = {}
+    if torch.device(device).type == "cuda":
+        gpu = {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
     return {
+        **gpu,
         "processor": names[0] if names else "unknown",
         "cores": len(os.sched_getaffinity(0)),
         "threads": 1,

@@ -1,4 +1,4 @@
-"""``tamoe bench kernels``: rates of pack, copy and combine on this machine's CPU."""
+"""``tamoe bench kernels``: rates of pack, copy and combine on this machine."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def run_kernel_bench(
     tokens: int,
     hidden_size: int,
     repetitions: int,
+    device: str,
 ) -> list[Rate]:
     """Time every op for every dtype and K, and write ``output``.
 
@@ -46,13 +47,15 @@ def run_kernel_bench(
             raise InputError(f"--dtypes is {dtype!r}; allowed: {', '.join(DTYPES)}")
     if output.is_dir() or not output.parent.is_dir():
         raise InputError(f"--output is {str(output)!r}; allowed: a file in a folder that is there")
+    _check_device(device)
     cases = [Case(d, k, tokens, hidden_size) for d, k in itertools.product(dtypes, top_k)]
-    rates = bench_cases(cases, repetitions)
+    rates = bench_cases(cases, repetitions, device=device)
     document = {
         "schema": SCHEMA,
         "schema_version": "1.0",
         "label": "measured",
-        "machine": machine(),
+        "device": device,
+        "machine": machine(device),
         "repetitions": repetitions,
         "rates": [rate.document() for rate in rates],
     }
@@ -60,13 +63,22 @@ def run_kernel_bench(
     return rates
 
 
-def print_rates(rates: Sequence[Rate]) -> None:
+def _check_device(device: str) -> None:
+    import torch
+
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"--device is {device!r}; allowed: cpu, cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device is 'cuda' and PyTorch sees no GPU here; allowed: cpu")
+
+
+def print_rates(rates: Sequence[Rate], device: str) -> None:
     """A table: bytes, time, rate, and its share of a memcpy's."""
     from rich.console import Console
     from rich.table import Table
 
-    case = rates[0].case
-    title = f"Rows of {case.tokens:,} tokens of {case.hidden_size:,} (measured, one thread)"
+    case, where = rates[0].case, "one thread" if device == "cpu" else "one GPU"
+    title = f"Rows of {case.tokens:,} tokens of {case.hidden_size:,} (measured, {where})"
     table = Table(title=title, title_justify="left")
     for column in ("dtype", "top-k", "op"):
         table.add_column(column, justify="right" if column == "top-k" else "left")

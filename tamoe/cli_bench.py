@@ -83,18 +83,21 @@ def bench_kernels(
     tokens: Annotated[int, typer.Option(help="Tokens of the rank.")] = 4096,
     hidden_size: Annotated[int, typer.Option(help="Numbers in a token.")] = 1024,
     repetitions: Annotated[int, typer.Option(help="Of each op, in turns.")] = 9,
+    device: Annotated[str, typer.Option(help="cpu, or cuda for the kernels.")] = "cpu",
     json_output: Json = False,
 ) -> None:
-    """Time pack, copy and combine on the CPU against a memcpy of as many bytes.
+    """Time pack, copy and combine against a memcpy of as many bytes.
 
-    One thread, caches emptied before every call, medians; "of memcpy" is the rate of an op over
-    that of the memcpy timed beside it.
+    One thread or one GPU, caches emptied before every call, medians; "of memcpy" is the rate of an
+    op over that of the memcpy timed beside it.
 
     Examples:
 
       tamoe bench kernels
 
       tamoe bench kernels --dtypes bfloat16 --top-k 1,2,4,8 --tokens 8192
+
+      tamoe bench kernels --device cuda --tokens 32768
     """
     from tamoe.bench_kernels_command import print_rates, run_kernel_bench
 
@@ -105,11 +108,12 @@ def bench_kernels(
         tokens=tokens,
         hidden_size=hidden_size,
         repetitions=repetitions,
+        device=device,
     )
     if json_output:
         print(output.read_text(), end="")
     else:
-        print_rates(rates)
+        print_rates(rates, device)
         print(f"written to {output}")
 
 

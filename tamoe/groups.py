@@ -104,9 +104,9 @@ def group_timeout_s(group: ProcessGroup) -> float:
     return float((timeout or dist.constants.default_pg_timeout).total_seconds())
 
 
-def works_by_gloo(group: ProcessGroup) -> bool:
-    """Whether the group moves CPU tensors with gloo, whatever else it does for other devices."""
+def works_by_gloo(group: ProcessGroup, device: torch.device | None = None) -> bool:
+    """Whether the group moves tensors of a device, None: the CPU's, with gloo."""
     try:
-        return "gloo" in group._get_backend(torch.device("cpu")).name()
-    except RuntimeError:  # no backend for the CPU
+        return "gloo" in group._get_backend(device or torch.device("cpu")).name()
+    except RuntimeError:  # no backend for the device
         return False

@@ -142,7 +142,11 @@ def find_gxx() -> str:
 
 
 def build_cuda(
-    architectures: Sequence[str], *, ptx: bool = False, output: Path | None = None
+    architectures: Sequence[str],
+    *,
+    ptx: bool = False,
+    output: Path | None = None,
+    folder: Path | None = None,
 ) -> Path:
     """Library for GPUs of these architectures, from the cache or built now.
 
@@ -154,6 +158,8 @@ def build_cuda(
         Add PTX of the highest one, which newer GPUs translate when they first load it.
     output
         Write the library here rather than into the cache.
+    folder
+        Of the sources, if they are other ones than tamoe's; for the cache only.
 
     Raises
     ------
@@ -174,7 +180,7 @@ def build_cuda(
         _compile([nvcc, *flags, "-shared", *_units()], output)
         return output
     command = [nvcc, *flags, "-shared"]
-    return _cached("-cuda.so", command, f"nvcc {version[0]}.{version[1]}", sources())
+    return _cached("-cuda.so", command, f"nvcc {version[0]}.{version[1]}", sources(folder))
 
 
 def build_shim(*, sanitize: bool = False, folder: Path | None = None, optimise: int = 1) -> Path:

@@ -19,9 +19,10 @@ from typing import Any
 from tamoe.kernel_build import build_cuda, source_folder
 from tamoe.topology.errors import KernelError
 
-ABI = 1
+ABI = 2
 TOO_LARGE = -2
 MAX_PEERS = 64
+HANDLE_BYTES = 64
 RELEASED = "libtamoe.so"  # beside the sources, in a release's wheel
 
 _pointer, _int, _long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
@@ -39,6 +40,9 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         _int,
         [_pointer, _long, _pointer, _long, _pointer, _pointer, _long, _long, _pointer],
     ),
+    "share_memory": (_int, [_long, ctypes.POINTER(_pointer), _pointer]),
+    "map_memory": (_int, [_pointer, ctypes.POINTER(_pointer)]),
+    "unmap_memory": (_int, [_pointer]),
     "peer_header_bytes": (_long, [_long]),
     "peer_store": (
         _int,

@@ -1,14 +1,16 @@
 """Memory that every rank of a node can store into: the only place that knows where it comes from.
 
-On GPUs it is PyTorch's symmetric memory, which maps the peers' buffers over NVLink or PCIe; on the
-CPU a file in memory that all processes map, which serves the tests.
+On GPUs CUDA's handles for other processes, which work over NVLink, over PCIe and for processes that
+share a GPU; on the CPU a file in memory that all processes map, which serves the tests.
 """
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import tempfile
+import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from tamoe.kernel_library import HANDLE_BYTES, KernelLibrary
 from tamoe.topology.errors import KernelError
 
 if TYPE_CHECKING:
@@ -36,17 +39,22 @@ class PeerMemory:
     keep: Any = field(repr=False)  # what must live as long as the addresses
 
 
-def allocate(num_bytes: int, group: ProcessGroup | None, device: torch.device) -> PeerMemory:
+def allocate(
+    num_bytes: int, group: ProcessGroup | None, device: torch.device, library: KernelLibrary
+) -> PeerMemory:
     """Buffers of ``num_bytes`` for every rank of a group on one node; a collective call.
+
+    On a GPU a rank's own buffer lives as long as its process.
 
     Raises
     ------
     KernelError
-        The ranks cannot reach each other's memory.
+        On every rank: some rank cannot reach another's memory.
     """
     if device.type == "cpu":
         return _shared_file(num_bytes, group)
-    return _symmetric(num_bytes, group, device)
+    with torch.cuda.device(device):
+        return _by_handles(num_bytes, group, device, library)
 
 
 def _shared_file(num_bytes: int, group: ProcessGroup | None) -> PeerMemory:
@@ -74,38 +82,83 @@ def _shared_file(num_bytes: int, group: ProcessGroup | None) -> PeerMemory:
                 )
     except (OSError, TypeError, ValueError) as error:
         problem = str(error)
-    problems: list[Any] = [None] * size
-    dist.all_gather_object(problems, problem, group=group)  # also: all have mapped it
+    problems = _told_all(problem, group)  # also: all have mapped it
     if rank == 0 and path[0]:
         Path(path[0]).unlink()
-    for other, text in enumerate(problems):
-        if text is not None:
-            raise KernelError(
-                f"rank {other} cannot share {stride * size} bytes of memory with the rest: {text}. "
-                f"Are all ranks on one node, with room in /dev/shm?"
-            )
+    if problems:
+        other, text = problems[0]
+        raise KernelError(
+            f"rank {other} cannot share {stride * size} bytes of memory with the rest: {text}. "
+            f"Are all ranks on one node, with room in /dev/shm?"
+        )
     assert memory is not None
     addresses = tuple(memory.data_ptr() + peer * stride for peer in range(size))
     own = memory[rank * stride : rank * stride + num_bytes]
     return PeerMemory(own, addresses, rank, memory)
 
 
-def _symmetric(num_bytes: int, group: ProcessGroup | None, device: torch.device) -> PeerMemory:
-    """Written after PyTorch's documentation; not run yet on a GPU."""
-    import torch.distributed._symmetric_memory as symmetric
+def _told_all(problem: str | None, group: ProcessGroup | None) -> list[tuple[int, str]]:
+    """Ranks that have a problem, and what it is."""
+    problems: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(problems, problem, group=group)
+    return [(rank, text) for rank, text in enumerate(problems) if text is not None]
 
-    resolved = group if group is not None else dist.group.WORLD
-    assert resolved is not None
+
+@dataclass(frozen=True)
+class _Bytes:
+    """Memory on a GPU as PyTorch takes it over without a copy."""
+
+    address: int
+    size: int
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {
+            "shape": (self.size,),
+            "typestr": "|u1",
+            "data": (self.address, False),
+            "strides": None,
+            "version": 3,
+        }
+
+
+def _by_handles(
+    num_bytes: int, group: ProcessGroup | None, device: torch.device, library: KernelLibrary
+) -> PeerMemory:
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    library.call("use_device", torch.cuda.current_device())
+    address, handle = ctypes.c_void_p(), ctypes.create_string_buffer(HANDLE_BYTES)
+    problem: str | None = None
     try:
-        own = symmetric.empty(num_bytes, dtype=torch.uint8, device=device)
-        own.zero_()
-        handle = symmetric.rendezvous(own, resolved)
-    except RuntimeError as error:
+        library.call("share_memory", max(num_bytes, 1), ctypes.byref(address), handle)
+    except KernelError as error:
+        problem = str(error)
+    handles: list[Any] = [None] * size
+    dist.all_gather_object(handles, handle.raw, group=group)
+    addresses, mapped = [], []
+    for peer, raw in enumerate(handles):
+        at = ctypes.c_void_p(address.value)
+        if peer != rank and problem is None:
+            try:
+                library.call("map_memory", raw, ctypes.byref(at))
+                mapped.append(at)
+            except KernelError as error:
+                problem = f"memory of rank {peer}: {error}"
+        addresses.append(at.value or 0)
+    problems = _told_all(problem, group)
+    if problems:
+        _unmap(library, mapped)
+        other, text = problems[0]
         raise KernelError(
-            f"PyTorch's symmetric memory is not there: {error}. The ranks of a node need peer "
+            f"rank {other} cannot map its peers' GPU memory: {text}. The ranks of a node need peer "
             f"access to each other's GPUs"
-        ) from None
-    torch.cuda.synchronize(device)
-    dist.barrier(resolved)  # every header is zero before anyone stores
-    addresses = tuple(int(pointer) for pointer in handle.buffer_ptrs)
-    return PeerMemory(own, addresses, handle.rank, handle)
+        )
+    own = torch.as_tensor(_Bytes(addresses[rank], num_bytes), device=device)
+    memory = PeerMemory(own, tuple(addresses), rank, mapped)
+    weakref.finalize(memory, _unmap, library, mapped)
+    return memory
+
+
+def _unmap(library: KernelLibrary, mapped: list[ctypes.c_void_p]) -> None:
+    for address in mapped:
+        library.code("unmap_memory", address)

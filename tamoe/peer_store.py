@@ -65,7 +65,7 @@ class PeerStore:
         self._row_bytes = self.width * dtype.itemsize
         header = library.code("peer_header_bytes", self.num_ranks)
         buffer_bytes = self.capacity_rows * self._row_bytes
-        self._memory = allocate(header + buffer_bytes, group, device)
+        self._memory = allocate(header + buffer_bytes, group, device, library)
         self.rank = self._memory.rank
         own = self._memory.own[header : header + buffer_bytes]
         self.buffer_RD = own.view(dtype).view(self.capacity_rows, self.width)

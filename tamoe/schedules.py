@@ -266,6 +266,8 @@ def rounds_of(nodes: Nodes, rank: int) -> tuple[Round, ...]:
 class Transfer:
     """Rows on their way, at once or in rounds, each of which the caller starts and waits for.
 
+    Rows on a GPU whose group works by gloo go through the host's memory, which waits for the GPU.
+
     Parameters
     ----------
     row_nD
@@ -294,10 +296,16 @@ class Transfer:
         self.received_RD = received_RD
         self._group, self._rounds = group, rounds
         self._patience, self._what = patience, what
-        self._sent_nD = row_nD.contiguous()
         self._splits = list(send_splits), list(receive_splits)
+        self._sent_nD = row_nD.contiguous()
+        rank = dist.get_rank(group)
+        self._wanted = self.received_RD.split(self._splits[1])
+        self._kept = self._wanted[rank], self._sent_nD.split(self._splits[0])[rank]
+        self._incoming = self._wanted
+        if row_nD.device.type != "cpu" and works_by_gloo(group, row_nD.device):
+            self._sent_nD = self._sent_nD.cpu()
+            self._incoming = torch.empty_like(received_RD, device="cpu").split(self._splits[1])
         self._outgoing = self._sent_nD.split(self._splits[0])
-        self._incoming = self.received_RD.split(self._splits[1])
 
     def start_at_once(self) -> Waiting:
         """Start everything; returns a function that waits for it.
@@ -342,8 +350,8 @@ class Transfer:
         return [(step.targets, step.sources) for step in self._rounds]
 
     def _keep(self) -> None:
-        rank = dist.get_rank(self._group)
-        self._incoming[rank].copy_(self._outgoing[rank])
+        to, rows = self._kept
+        to.copy_(rows)
 
     def _start(self, step: Round, where: str) -> Waiting:
         transfers = [
@@ -361,4 +369,11 @@ class Transfer:
         joined = len(works) != len(peers)  # as NCCL does
         peers_of = [tuple(dict.fromkeys(peers))] * len(works) if joined else [(p,) for p in peers]
         started = list(zip(works, peers_of, strict=True))
-        return lambda: self._patience.wait(started, where)
+
+        def wait() -> None:
+            self._patience.wait(started, where)
+            if self._incoming is not self._wanted:
+                for peer in step.sources:
+                    self._wanted[peer].copy_(self._incoming[peer])
+
+        return wait

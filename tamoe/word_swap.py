@@ -67,12 +67,16 @@ class WordSwap:
         small = message_PW.numel() * message_PW.element_size() <= MOST_BYTES
         if self._channel is not None and small and message_PW.device.type == "cpu":
             return torch.from_numpy(self._by_node(message_PW.numpy(), self._channel, patience))
-        answer_PW = torch.empty_like(message_PW)
         where, group = "counts, all ranks at once", self._group_of()
+        assert group is not None
+        device = message_PW.device
+        if device.type != "cpu" and works_by_gloo(group, device):  # it reads the host's memory only
+            message_PW = message_PW.cpu()
+        answer_PW = torch.empty_like(message_PW)
         with patience.trying(self._others, where):
             work = dist.all_to_all_single(answer_PW, message_PW, group=group, async_op=True)
         patience.wait([(work, self._others)], where)
-        return answer_PW
+        return answer_PW.to(device)
 
     def _talks_to(self, rank: int) -> list[int]:
         """Other nodes that a rank of this node exchanges messages with."""

@@ -55,6 +55,7 @@ def test_rates_are_written_and_printed(tmp_path: Path, capsys: pytest.CaptureFix
         ("--tokens 0", "--tokens is 0; allowed: a whole number >= 1"),
         ("--hidden-size -1", "--hidden-size is -1; allowed: a whole number >= 1"),
         ("--repetitions 0", "--repetitions is 0; allowed: a whole number >= 1"),
+        ("--device tpu", "--device is 'tpu'; allowed: cpu, cuda"),
         ("--dtypes int8", "--dtypes is 'int8'; allowed: float32, float64, bfloat16, float16"),
         ("-o /nowhere/b.json", "--output is '/nowhere/b.json'; allowed: a file in a folder"),
     ],

@@ -130,6 +130,17 @@ class UnreadableError(Exception):
 # ---- what works ----------------------------------------------------------------------------
 
 
+def own_number(rank: int) -> tuple[int, int, bool]:
+    listed = {int(name) for name in os.listdir("/proc") if name.isdecimal()}
+    return os.getpid(), int(os.readlink("/proc/self")), os.getpid() in listed
+
+
+def test_proc_shows_a_rank_under_its_own_number() -> None:
+    """CUDA does not start where it does not."""
+    for number, shown, listed in run_ranks(2, own_number):
+        assert number == shown and listed
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 5])
 def test_results_come_by_rank_and_the_group_works(ranks: int) -> None:
     assert run_ranks(ranks, summed) == [ranks * (ranks - 1) / 2] * ranks

@@ -13,6 +13,7 @@ CLONE_NEWUTS = 0x04000000
 CLONE_NEWUSER = 0x10000000
 CLONE_NEWPID = 0x20000000
 CLONE_NEWNET = 0x40000000
+MS_NOSUID_NODEV_NOEXEC = 0x2 | 0x4 | 0x8
 MS_BIND = 0x1000
 MS_REC = 0x4000
 MS_SLAVE = 0x80000
@@ -37,10 +38,10 @@ def setns(descriptor: int, kind: int) -> None:
     _checked(_libc.setns(descriptor, kind), "setns")
 
 
-def mount(source: str, target: str, flags: int) -> None:
-    """mount(2) without a file system type: bind mounts and propagation."""
-    ends = (os.fsencode(source), os.fsencode(target))
-    _checked(_libc.mount(*ends, None, ctypes.c_ulong(flags), None), f"mount {target}")
+def mount(source: str, target: str, flags: int, kind: str | None = None) -> None:
+    """mount(2); without a kind of file system: bind mounts and propagation."""
+    ends = (os.fsencode(source), os.fsencode(target), kind and os.fsencode(kind))
+    _checked(_libc.mount(*ends, ctypes.c_ulong(flags), None), f"mount {target}")
 
 
 def new_network_namespace() -> int:

@@ -70,6 +70,18 @@ def enter_pid_namespace() -> bool:
     return True
 
 
+def see_own_processes() -> None:
+    """Let /proc show the PID namespace of this process, which gets a mount namespace of its own.
+
+    Else a process is not found there under its own number, and CUDA does not start (error 304).
+    Some containers refuse the mount: then emulated ranks work, and ranks on GPUs do not.
+    """
+    with contextlib.suppress(OSError):
+        linux.unshare(linux.CLONE_NEWNS)
+        linux.mount("none", "/", linux.MS_REC | linux.MS_SLAVE)
+        linux.mount("proc", "/proc", linux.MS_NOSUID_NODEV_NOEXEC, "proc")
+
+
 def refusal(error: OSError) -> EmulationError:
     """What the kernel refused, in words: the setting that does it and how to change it."""
     reasons = [

@@ -147,6 +147,8 @@ class Init:
 
     def run(self) -> None:
         """Fork the ranks, then serve until the launcher says that it has all it wants."""
+        if os.getpid() == 1:
+            namespaces.see_own_processes()
         send(self.job, JOB_ITSELF, Kind.STARTED)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a rank may get it before it is a command
         try:
