@@ -23,6 +23,7 @@ from tamoe.topology import (
     run_ranks,
 )
 from tamoe.topology.formats import topology_to_document
+from tamoe.topology.heartbeat import Watch
 
 SMALL_TIMEOUT_S = 6.0
 
@@ -206,6 +207,35 @@ def test_budget_cuts_the_measurement_short_and_says_so():
 
 
 # ---- ranks that die ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alive", [(0,), (0, 1)])
+def test_a_rank_that_fell_silent_while_nobody_looked_is_found(alive):
+    from torch.distributed import HashStore
+
+    store, end = HashStore(), threading.Event()
+    keys = ["heart/0", "heart/1"]
+    for key in keys:
+        store.set(key, "0")
+    watch = Watch(store, keys)
+    watch.look()
+    for key in keys:
+        store.set(key, "1")  # counted on since, and one of them no further
+
+    def count_on():
+        number = 2
+        while not end.wait(0.05):
+            for rank in alive:
+                store.set(keys[rank], str(number))
+            number += 1
+
+    thread = threading.Thread(target=count_on)
+    thread.start()
+    try:
+        assert watch.wait_for_silence(1.0) == [rank for rank in (0, 1) if rank not in alive]
+    finally:
+        end.set()
+        thread.join()
 
 
 def probed_with_a_victim(rank, path, victim, sent):

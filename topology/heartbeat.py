@@ -81,16 +81,20 @@ class Watch:
         return [k for k, key in enumerate(self._keys) if now - self._seen[key][1] > for_s]
 
     def wait_for_silence(self, for_s: float = SILENT_S) -> list[int]:
-        """Look until someone is silent for so long, or all have been heard of since the call.
+        """Look until someone is silent for so long, or all have counted on since the call.
 
-        For a caller that has seen an operation fail and wants to know whose fault it was.
+        For a caller that has seen an operation fail and wants to know whose fault it was. That a
+        count differs from the one last looked at proves nothing: the caller may not have looked
+        for longer than the rank has been silent.
         """
-        begun = time.monotonic()
+        with contextlib.suppress(Exception):
+            self.look()
+        begun, first = time.monotonic(), {key: count for key, (count, _) in self._seen.items()}
         while True:
+            time.sleep(INTERVAL_S / 5)
             with contextlib.suppress(Exception):
                 self.look()
             silent = self.silent(for_s)
-            heard = all(seen > begun for _, seen in self._seen.values())
+            heard = all(count != first[key] for key, (count, _) in self._seen.items())
             if silent or heard or time.monotonic() - begun > 2 * for_s:
                 return silent
-            time.sleep(INTERVAL_S / 5)
