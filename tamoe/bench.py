@@ -25,6 +25,7 @@ from tamoe.progress import progress_line
 from tamoe.relays import count_copies, plan_forwarding
 from tamoe.solver.relays import make_relays, sum_groups
 from tamoe.solver.traffic import flat_rows, hierarchical_rows
+from tamoe.timing import line_up, refill_s
 from tamoe.topology.graph import Topology
 
 Skew = Literal["even", "local", "one-hot"]
@@ -117,12 +118,13 @@ def _bench_setting(
     weight_TK = torch.rand(index_TK.shape, generator=generator)
     num_experts = setting.experts_per_rank * topology.num_ranks
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in exchanges}
+    pause_s = refill_s(topology)
     for name, exchange in itertools.chain(*[exchanges.items()] * (repetitions + 1)):
-        dist.barrier()
+        line_up(pause_s)
         start_s = time.perf_counter()
         row_RD, handle = exchange.dispatch(x_TD, index_TK, weight_TK, num_experts=num_experts)
         dispatch_s = time.perf_counter() - start_s
-        dist.barrier()
+        line_up(pause_s)
         start_s = time.perf_counter()
         exchange.combine(row_RD, handle)
         seconds[name].append((dispatch_s, time.perf_counter() - start_s))

@@ -26,6 +26,7 @@ from tamoe.solver.constants import Constants, with_constants
 from tamoe.solver.exchange_cost import EXCHANGES, WAYS, Rows, rows_of_group
 from tamoe.solver.exchange_fit import KEYS, MOST_STEPS, Measured, fit
 from tamoe.solver.relays import make_relays, sum_groups
+from tamoe.timing import line_up, refill_s
 from tamoe.topology.graph import Topology
 
 # Seconds that the busiest link is to be busy, and experts of each token.
@@ -126,11 +127,11 @@ def measure(
     on_gpu = group is not None and not works_by_gloo(group)
     device = torch.device("cuda" if on_gpu else "cpu")
     finish = torch.cuda.synchronize if on_gpu else lambda: None
-    moved, timed = [], []
+    moved, timed, pause_s = [], [], refill_s(topology)
     for seed, case in enumerate(cases):
         index_TK = routing(case, members.index(rank), 1000 * seed + rank)
         moved.append(_moved(topology, local, members, case, index_TK))
-        timed.append(_Timed(case, index_TK.to(device), _exchanges(local, group)))
+        timed.append(_Timed(case, index_TK.to(device), _exchanges(local, group), pause_s))
     began_s = time.monotonic()
     # The first run connects pairs, and exchanges learn how many tokens come.
     for done in range(repetitions + 1):
@@ -177,8 +178,10 @@ class _Timed:
     Exchanges cut tokens into parts after the dispatch before, so cases do not share them.
     """
 
-    def __init__(self, case: Case, index_TK: torch.Tensor, exchanges: dict[str, Exchange]) -> None:
-        self._exchanges, self._index_TK = exchanges, index_TK
+    def __init__(
+        self, case: Case, index_TK: torch.Tensor, exchanges: dict[str, Exchange], pause_s: float
+    ) -> None:
+        self._exchanges, self._index_TK, self._pause_s = exchanges, index_TK, pause_s
         self._num_experts = case.weight_pN.shape[1]
         self._x_TD = torch.randn(len(index_TK), case.hidden_size, device=index_TK.device)
         self._weight_TK = torch.rand(index_TK.shape, device=index_TK.device)
@@ -187,14 +190,14 @@ class _Timed:
     def run(self, finish: Callable[[], None]) -> None:
         """Time every exchange once."""
         for name, exchange in self._exchanges.items():
-            dist.barrier()
+            line_up(self._pause_s)
             began_s = time.perf_counter()
             row_RD, handle = exchange.dispatch(
                 self._x_TD, self._index_TK, self._weight_TK, num_experts=self._num_experts
             )
             finish()
             dispatch_s = time.perf_counter() - began_s
-            dist.barrier()
+            line_up(self._pause_s)
             began_s = time.perf_counter()
             exchange.combine(row_RD, handle)
             finish()
