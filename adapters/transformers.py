@@ -96,7 +96,7 @@ def steer(
     """
     version = require("transformers")
     steering = Steering(plan, how, rank, group, gain, weight)
-    found = _routers(model)
+    found = find_routers(model)
     if not found:
         raise InputError(
             f"model is {type(model).__name__} of transformers {version} and has no known router; "
@@ -112,8 +112,8 @@ def steer(
     return attach_all(model, steering, found, attach, _padding)
 
 
-def _routers(model: nn.Module) -> list[Found]:
-    """Routers, or blocks that route by themselves."""
+def find_routers(model: nn.Module) -> list[Found]:
+    """Routers of a model, or blocks that route by themselves."""
     found = []
     for name, module in model.named_modules():
         kind, gate = type(module).__name__, getattr(module, "gate", None)
@@ -176,7 +176,7 @@ def _attach_block(block: Any, layer: Steered, handle: Handle, where: str) -> Cal
 
     def forward(hidden_states: torch.Tensor) -> Any:
         if layer.bias is not None and layer.enabled:
-            return _run_block(block, hidden_states, choose)
+            return run_block(block, hidden_states, choose)
         output = own_forward(hidden_states)  # as it is, bit for bit
         logits_TN = output[1]
         index_TK = best_experts(rule.choice_TN(logits_TN), layer.top_k)
@@ -195,7 +195,7 @@ def _attach_block(block: Any, layer: Steered, handle: Handle, where: str) -> Cal
     return undo
 
 
-def _run_block(
+def run_block(
     block: Any,
     hidden_states: torch.Tensor,
     choose: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
@@ -243,7 +243,7 @@ def _check_block(block: Any, rule: Rule, top_k: int, where: str) -> None:
     training = block.training
     with torch.no_grad():
         block.eval()
-        theirs, ours = block(x_BSD), _run_block(block, x_BSD, choose)
+        theirs, ours = block(x_BSD), run_block(block, x_BSD, choose)
         block.train(training)
     close = 2e-2 if weight.dtype in (torch.bfloat16, torch.float16) else 1e-4
     if not (

@@ -4,6 +4,9 @@ Run it (about a minute on two cores; each framework that is not installed is lef
 
     python -m tamoe.experiments.oracles -o oracles.json
 
+Rows of other versions that the file has are kept, so that one table holds several: run it again
+with another version in ``PYTHONPATH``, and ``--only transformers``.
+
 An error is the largest difference of a number, or how many choices differ. Frameworks count drops,
 choices and places as integers, so those have to agree exactly.
 
@@ -15,6 +18,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tamoe.capacity import even_capacity, within_capacity
+from tamoe.experiments.family_oracles import FAMILIES, TITAN_SCORES, family_router, titan
 from tamoe.experiments.oracle_inputs import (
     chosen_map,
     differ,
@@ -42,8 +48,9 @@ from tamoe.functional import (
 )
 from tamoe.gates import Gate, GShardGate, NaiveGate, SigmoidGate, SwitchGate
 from tamoe.group_limit import GroupLimit
-from tamoe.topology.documents import check_writable, write_document
+from tamoe.topology.documents import check_writable, read_document, write_document
 
+DISTRIBUTIONS = {"megatron": "megatron-core"}  # where the name is not the package's
 SCHEMA, SCHEMA_VERSION = "tamoe.experiment.oracles", "1.0"
 app = typer.Typer(add_completion=False)
 
@@ -323,6 +330,24 @@ COMPARISONS: tuple[Comparison, ...] = (
         megatron_balance,
     ),
     Comparison("z_loss", "z_loss_func", "megatron", megatron_z),
+    *(
+        Comparison(
+            "SigmoidGate" if family == "deepseek_v3" else "NaiveGate",
+            f"router of {family}",
+            "transformers",
+            partial(family_router, family=family),
+        )
+        for family in FAMILIES
+    ),
+    *(
+        Comparison(
+            "SigmoidGate, expert_bias, limit" if score == "sigmoid" else "NaiveGate",
+            f"TokenChoiceTopKRouter, {score}",
+            "torchtitan",
+            partial(titan, score=score),
+        )
+        for score in TITAN_SCORES
+    ),
 )
 
 
@@ -339,31 +364,44 @@ def largest_error(comparison: Comparison, inputs: int, seed: int = 0) -> float:
     return max(comparison.error(generator) for _ in range(inputs))
 
 
-@app.command()
-def main(
-    output: Annotated[Path, typer.Option("-o", "--output")] = Path("oracles.json"),
-    inputs: Annotated[int, typer.Option(help="Random inputs for each comparison.")] = 1000,
-) -> None:
-    """Compare, print a table, write JSON (measured)."""
-    check_writable(output)
-    rows: list[dict[str, Any]] = []
-    table = Table("tamoe", "oracle", "package", "inputs", "largest error", box=None)
+def rows_of(inputs: int, only: str | None = None) -> list[dict[str, Any]]:
+    """Every comparison whose package is installed."""
+    rows = []
     for comparison in available():
-        error = largest_error(comparison, inputs)
+        if only not in (None, comparison.package):
+            continue
+        distribution = DISTRIBUTIONS.get(comparison.package, comparison.package)
         rows.append(
             {
                 "function": comparison.function,
                 "oracle": comparison.oracle,
-                "package": comparison.package,
+                "package": distribution,
+                "version": metadata.version(distribution),
                 "inputs": inputs,
-                "largest_error": error,
+                "largest_error": largest_error(comparison, inputs),
             }
         )
-        table.add_row(
-            *(str(rows[-1][key]) for key in ("function", "oracle", "package", "inputs")),
-            f"{error:.1e}",
-        )
-    Console().print(table)
+    return rows
+
+
+@app.command()
+def main(
+    output: Annotated[Path, typer.Option("-o", "--output")] = Path("oracles.json"),
+    inputs: Annotated[int, typer.Option(help="Random inputs for each comparison.")] = 1000,
+    only: Annotated[str | None, typer.Option(help="One package, such as transformers.")] = None,
+) -> None:
+    """Compare, print a table, write JSON (measured)."""
+    check_writable(output)
+    rows = rows_of(inputs, only)
+    kept = read_document(output, SCHEMA, SCHEMA_VERSION)["rows"] if output.exists() else []
+    new = {(row["oracle"], row["version"]) for row in rows}
+    rows += [row for row in kept if (row["oracle"], row["version"]) not in new]
+    rows.sort(key=lambda row: (row["package"], row["version"], row["oracle"]))
+    names = ("function", "oracle", "package", "version", "inputs")
+    table = Table("tamoe", *names[1:], "largest error", box=None)
+    for row in rows:
+        table.add_row(*(str(row[name]) for name in names), f"{row['largest_error']:.1e}")
+    Console(width=None if Console().is_terminal else 130).print(table)
     document = {
         "schema": SCHEMA,
         "schema_version": SCHEMA_VERSION,

@@ -37,9 +37,8 @@ from tamoe.experiments.strategies import Strategy, default_strategies, make_gate
 from tamoe.experiments.text import Corpus, load_text, train_batch, validation_batch
 from tamoe.experiments.trainee import TrainConfig
 from tamoe.functional import balance_loss, expert_counts
-from tamoe.gates import GShardGate, steering
+from tamoe.gates import Gate, steering
 from tamoe.moe import MoE
-from tamoe.plan_module import PlanRows
 from tamoe.routing import Routing
 from tamoe.solver import Plan, solve
 from tamoe.topology.documents import read_document, write_document
@@ -60,7 +59,7 @@ class GateOfRanks(nn.Module):
     A gate that is shared by all ranks has one weight here too; biases and targets are the ranks'.
     """
 
-    def __init__(self, gates: Sequence[GShardGate]) -> None:
+    def __init__(self, gates: Sequence[Gate]) -> None:
         super().__init__()
         self.num_experts = gates[0].num_experts
         self.pooled_weight = 0.0
@@ -106,7 +105,7 @@ class Run:
         strategy: Strategy,
         config: TrainConfig,
         corpus: Corpus,
-        plan: PlanRows | None,
+        plan: Plan | None,
         nodes: Sequence[Sequence[int]],
         sharded: bool = False,
     ) -> None:
@@ -157,7 +156,7 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         return float(out.loss.detach())
 
-    def follow(self, plan: PlanRows) -> None:
+    def follow(self, plan: Plan) -> None:
         """Steer towards another plan from now on."""
         for gate in self.gates:
             for of_rank in gate.each:

@@ -67,6 +67,7 @@ class Job:
     text: Path | None = None
     steps: int | None = None  # None: as many as fit the budget
     budget_s: float = 120.0
+    reach_even_loss: bool = True  # train on those that have not, at the end
     progress_name: str = "train"
 
 
@@ -129,7 +130,8 @@ class _Run:
         self._measure_alone()
         self._save()
         # What follows only lengthens the curves: times and counts stay those of equal steps.
-        self._reach_even_loss()
+        if self.job.reach_even_loss:
+            self._reach_even_loss()
         self.setting["complete"] = True
         self.setting["memory_bytes"] = _memory_of_all_ranks()
         self.setting["training_s"] = time.perf_counter() - self.began_s

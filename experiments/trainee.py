@@ -19,10 +19,9 @@ from tamoe.gates import Gate, steering
 from tamoe.groups import group_size
 from tamoe.moe import MoE
 from tamoe.parallel import DenseGradients
-from tamoe.plan_module import PlanRows
 from tamoe.record import record_exchanges
 from tamoe.scope import scope_of
-from tamoe.solver import Workload
+from tamoe.solver import Plan, Workload
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ class Trainee:
         config: TrainConfig,
         corpus: Corpus,
         exchange: Exchange,
-        plan: PlanRows | None,
+        plan: Plan | None,
     ) -> None:
         self.strategy, self.config, self.corpus = strategy, config, corpus
         self.rank, self.num_ranks = exchange.rank, exchange.num_ranks

@@ -9,7 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tamoe.bias import TopologyBias as TopologyBias
+    from tamoe.bias import (
+        SignBias as SignBias,
+        TopologyBias as TopologyBias,
+    )
     from tamoe.capacity import TopologyCapacity as TopologyCapacity
     from tamoe.checkpoint import (
         load_checkpoint as load_checkpoint,
@@ -78,6 +81,7 @@ _HOME = {
     "RankTimeoutError": "topology.errors",
     "Routing": "routing",
     "SigmoidGate": "gates",
+    "SignBias": "bias",
     "SwitchGate": "gates",
     "TamoeError": "topology.errors",
     "TargetDivergence": "divergence",

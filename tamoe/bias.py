@@ -1,10 +1,14 @@
-"""TopologyBias: a controller that drives what a gate selects to the rank's row of the Plan."""
+"""TopologyBias: a controller that drives what a gate selects to the rank's row of the Plan.
+
+:class:`SignBias` takes steps of equal size instead, as DeepSeek-V3 does for load balance.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 
 from tamoe.plan_module import PlanModule, PlanRows, checked_row
@@ -20,6 +24,8 @@ MAX_SHARE_STEP = 0.5  # a longer memory than two batches makes the loop overshoo
 SPREAD_STEP = 0.1
 MAX_LOG_RATIO = 3.0  # an expert without any choice is worth no more than one at 5 % of its target
 MAX_UNIT_BIAS = 30.0  # in spreads; beyond that selection is all or nothing
+Start = Literal["target", "prices", "even"]
+STARTS: tuple[Start, ...] = ("target", "prices", "even")
 
 
 class TopologyBias(PlanModule):
@@ -31,7 +37,7 @@ class TopologyBias(PlanModule):
     After each batch ``b += gain · σ̂ · log(ĉ/c̄)``, with ĉ the target, c̄ a moving average of the
     measured counts and σ̂ the running spread of the logits. Since the bias is kept in units of σ̂,
     it follows a gate whose logits grow, and the number of steps does not depend on their scale.
-    It starts at the log-prior log(ĉ/even) in the same units.
+    It starts at the log-prior log(ĉ/even) in the same units, or where ``start`` says.
 
     Parameters
     ----------
@@ -45,16 +51,20 @@ class TopologyBias(PlanModule):
     gain
         η, in (0, 2). 0.3 settles within 30 steps at 2,048 tokens a rank.
     fixed
-        True: log(ĉ/even) and nothing else. Exact only for sampled top-1 routing with flat logits;
-        with argmax it misses the target by the spread of the logits. Kept for comparison.
+        True: where it starts and nothing else. Exact only for sampled top-1 routing with flat
+        logits; with argmax it misses the target by the spread of the logits. Kept for comparison.
+    start
+        ``"target"``: log(ĉ/even). ``"prices"``: what the prices of the links alone ask for,
+        -π · PkS / (kl · T_even), of a plan with ``kl`` > 0; it differs by what the plan adds to
+        keep experts even, so they are even only where ranks are alike. ``"even"``: 0.
     device
         Of the state.
 
     Raises
     ------
     InputError
-        The rank is unknown or out of range, the gain is out of range, or the plan has targets of 0
-        (solve with ``floor`` or ``kl``).
+        The rank is unknown or out of range, the gain is out of range, the plan has targets of 0
+        (solve with ``floor`` or ``kl``), or it has no prices of the kind that ``start`` asks for.
 
     Notes
     -----
@@ -103,13 +113,16 @@ class TopologyBias(PlanModule):
         rank: int | None = None,
         gain: float = 0.3,
         fixed: bool = False,
+        start: Start = "target",
         device: torch.device | str | None = None,
     ) -> None:
         if not 0 < gain < 2:
             raise InputError(f"gain is {gain}; allowed: > 0 and < 2, 0.3 is a good start")
+        if start not in STARTS:
+            raise InputError(f"start is {start!r}; allowed: {', '.join(map(repr, STARTS))}")
         super().__init__(plan, group, rank)
-        self.gain, self.fixed = float(gain), fixed
-        self._prior_N = checked_row("log_prior_N", plan.log_prior_N(self.rank), self.num_experts)
+        self.gain, self.fixed, self.start = float(gain), fixed, start
+        self._prior_N = self._prior(plan)
 
         def buffer(name: str, *shape: int, persistent: bool = True) -> None:
             value = torch.empty(shape, dtype=torch.float32, device=device)
@@ -145,7 +158,7 @@ class TopologyBias(PlanModule):
             The plan has another number of ranks or experts.
         """
         self._adopt(plan)
-        prior_N = checked_row("log_prior_N", plan.log_prior_N(self.rank), self.num_experts)
+        prior_N = self._prior(plan)
         units = 1.0 if self.fixed else self._units_per_log()
         change_N = torch.from_numpy((prior_N - self._prior_N) * units).to(self.unit_bias_N)
         self._prior_N = prior_N
@@ -216,9 +229,7 @@ class TopologyBias(PlanModule):
         expected = total * self.target_share_N.min()
         step = (expected / MIN_WINDOW_CHOICES).clamp(max=MAX_SHARE_STEP)  # 0 without tokens
         self.moving_share_N.lerp_(counts_N / total.clamp_min(1), step)
-        ratio_N = self.target_share_N / self.moving_share_N.clamp_min(1e-9)
-        error_N = ratio_N.log().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        self.unit_bias_N.add_(self.gain * (2 * step).clamp(max=1.0) * error_N)
+        self.unit_bias_N.add_(self._change_N((2 * step).clamp(max=1.0)))
         self.unit_bias_N.sub_(self.unit_bias_N.mean()).clamp_(-MAX_UNIT_BIAS, MAX_UNIT_BIAS)
         self.steps.add_((total > 0).long())
 
@@ -227,10 +238,102 @@ class TopologyBias(PlanModule):
         how = "fixed=True" if self.fixed else f"gain={self.gain:g}"
         return f"{super().extra_repr()}, {how}"
 
+    def _change_N(self, trust: torch.Tensor) -> torch.Tensor:
+        """What a step adds, in spreads; ``trust`` is 1 for a batch large enough to judge."""
+        ratio_N = self.target_share_N / self.moving_share_N.clamp_min(1e-9)
+        return self.gain * trust * ratio_N.log().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+    def _prior(self, plan: PlanRows) -> np.ndarray:
+        if self.start == "prices":
+            return checked_row("prices", price_prior_N(plan, self.rank), self.num_experts)
+        prior_N = checked_row("log_prior_N", plan.log_prior_N(self.rank), self.num_experts)
+        return prior_N * (self.start != "even")
+
     def _units_per_log(self) -> float:
         # By this many spreads a bias must rise to multiply a share by e: the tail of a Gaussian
         # falls by e over σ/√(2 ln N) at the largest of N values.
         return 1.0 / max(1.0, math.sqrt(2.0 * math.log(self.num_experts)))
+
+
+class SignBias(TopologyBias):
+    """A bias that moves by steps of one size, whose sign the error has, smaller with time.
+
+    After each batch ``b += speed / (1 + decay · steps) · σ̂ · sign(ĉ - c̄)``. DeepSeek-V3's update
+    has neither σ̂ nor decay; with its 0.001 it is too slow for logits of a spread above 1.
+
+    Parameters
+    ----------
+    plan, group, rank, start, device
+        As for :class:`TopologyBias`.
+    speed
+        First step in spreads of the logits, > 0.
+    decay
+        >= 0; 0 keeps all steps equal, and the share swings about the target by them.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from tamoe.solver import Workload, solve
+    >>> from tamoe.topology import Topology
+    >>> topology = Topology.from_tree("2x1", bandwidth_bytes_per_s=(5e10, 1e10))
+    >>> bias = SignBias(solve(topology, Workload(top_k=1)), rank=0, speed=0.25, start="even")
+    >>> _ = bias(torch.randn(64, 2))
+    >>> bias.update(torch.tensor([32, 32]))  # fewer stay than should
+    >>> (bias.unit_bias_N[0] > bias.unit_bias_N[1]).item()
+    True
+    """
+
+    def __init__(
+        self,
+        plan: PlanRows,
+        *,
+        group: Group = None,
+        rank: int | None = None,
+        speed: float = 0.25,
+        decay: float = 0.02,
+        start: Start = "target",
+        device: torch.device | str | None = None,
+    ) -> None:
+        if not 0 < speed < math.inf:
+            raise InputError(f"speed is {speed}; allowed: finite and > 0")
+        if not 0 <= decay < math.inf:
+            raise InputError(f"decay is {decay}; allowed: finite and >= 0")
+        self.speed, self.decay = float(speed), float(decay)
+        super().__init__(plan, group=group, rank=rank, start=start, device=device)
+
+    def extra_repr(self) -> str:
+        """Rank, size and speed, for ``print(model)``."""
+        return f"{PlanModule.extra_repr(self)}, speed={self.speed:g}, decay={self.decay:g}"
+
+    def _change_N(self, trust: torch.Tensor) -> torch.Tensor:
+        speed = self.speed / (1.0 + self.decay * self.steps) * trust
+        return speed * torch.sign(self.target_share_N - self.moving_share_N)
+
+
+def price_prior_N(plan: PlanRows, rank: int) -> np.ndarray:
+    """What the links' prices alone add to a rank's logits, ``[N]`` of mean 0.
+
+    The optimum of an entropic plan is even · exp(-(π + u + v) · PkS / (kl · T_even)); u and v keep
+    the sums of ranks and experts, π are the prices.
+
+    Raises
+    ------
+    InputError
+        The plan is not one of ``method="entropic"`` with ``kl`` > 0.
+    """
+    kl = getattr(plan, "kl", 0.0)
+    if not kl > 0 or not hasattr(plan, "price_N"):
+        raise InputError(
+            f"start is 'prices' and the plan's kl is {kl:g}; allowed: a plan of method='entropic' "
+            f"with kl > 0"
+        )
+    solved: Any = plan
+    price_N: np.ndarray = solved.price_N(rank)
+    if not solved.even_time_s:
+        return np.zeros(len(price_N))  # nothing takes time
+    choices = solved.num_ranks * solved.workload.tokens_per_rank * solved.workload.top_k
+    prior_N = -price_N * (choices / (kl * solved.even_time_s))
+    return prior_N - prior_N.mean()
 
 
 def _spread(logits_TN: torch.Tensor, mask_T: torch.Tensor | None) -> torch.Tensor:

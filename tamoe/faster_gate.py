@@ -25,7 +25,8 @@ class FasterGate(Gate):
 
     A rank's budget is B = ⌊share · T⌋ choices. If more would leave, every token takes its best
     near experts, and the B tokens whose best remote logit is highest, of those that prefer a remote
-    expert, put it in place of their second choice (of their only one with k = 1).
+    expert, put it in place of their second choice (of their only one with k = 1). With steering
+    switched off (:func:`tamoe.gates.steering`) all choices are free.
 
     Parameters
     ----------
@@ -94,6 +95,8 @@ class FasterGate(Gate):
     def _select(self, logits_TN: torch.Tensor, mask_T: torch.Tensor | None) -> torch.Tensor:
         score_TN = self._biased(self._scores(logits_TN), mask_T)
         free_TK = best_experts(score_TN, self.top_k)
+        if not self.steering:
+            return free_TK
         remote_TK = ~self.near.near_N[free_TK]
         if mask_T is not None:
             remote_TK = remote_TK & mask_T.bool().unsqueeze(1)

@@ -13,11 +13,13 @@ import numpy as np
 import torch
 
 from tamoe.groups import process_group
+from tamoe.loss_totals import expert_counts
 from tamoe.plan_module import PlanRows, check_plan
 from tamoe.topology.errors import InputError, whole
 
 if TYPE_CHECKING:
     from tamoe.groups import Group
+    from tamoe.routing import Routing
 
 
 class ScalarWriter(Protocol):
@@ -91,6 +93,46 @@ def dispatch_metrics(
     found["level_self"] = float(shares[0])
     found |= {f"level_{level}": float(share) for level, share in enumerate(shares[1:])}
     found["sent_bytes"] = float(counts[level_N >= 0].sum()) * plan.workload.token_bytes  # type: ignore[attr-defined]
+    return found
+
+
+def routing_metrics(
+    routing: Routing, plan: PlanRows, rank: int, mask_T: torch.Tensor | None = None
+) -> dict[str, float]:
+    """Numbers of what one rank dispatches, from what a gate or an :class:`~tamoe.MoE` returns.
+
+    Parameters
+    ----------
+    routing
+        The gate's; of an MoE layer ``MoEOutput.routing``.
+    plan, rank
+        As for :func:`dispatch_metrics`.
+    mask_T
+        ``[T]``; tokens where it is 0 are padding and not counted as dropped.
+
+    Returns
+    -------
+    dict
+        As of :func:`dispatch_metrics`, for the choices that were kept; ``choices`` are all, and
+        ``drop_rate`` is the share of them that was dropped.
+
+    Examples
+    --------
+    >>> from tamoe import SwitchGate
+    >>> from tamoe.solver import Workload, solve
+    >>> from tamoe.topology import Topology
+    >>> topology = Topology.from_tree("2x2", bandwidth_bytes_per_s=(3e10, 1e10))
+    >>> plan = solve(topology, Workload(tokens_per_rank=64, top_k=1), floor=0.25)
+    >>> routing = SwitchGate(16, 4, capacity=0.5, drop="probs")(torch.randn(64, 16))
+    >>> routing_metrics(routing, plan, 0)["drop_rate"] >= 0.5
+    True
+    """
+    index_TK = routing.expert_index_TK
+    if mask_T is not None:
+        index_TK = index_TK[mask_T.bool()]
+    found = dispatch_metrics(expert_counts(index_TK, plan.num_experts), plan, rank)
+    found["choices"] = float(index_TK.numel())
+    found["drop_rate"] = float((index_TK < 0).sum()) / max(index_TK.numel(), 1)
     return found
 
 

@@ -12,14 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tamoe.adapters.transformers import steer
+from tamoe.experiments.tiny_models import FAMILIES, TOP_K, batch, tiny_model
 from tamoe.plan_module import PlanRows
 from tamoe.solver import Plan, Workload, solve
-from tamoe.topology import Topology
+from tamoe.topology import Topology, run_ranks
 from tamoe.topology.errors import InputError
 from tests.plan_rows import Rows, two_nodes
-from tests.tiny_models import FAMILIES, TOP_K, batch, tiny_model
 
 pytest.importorskip("transformers")
 OLD = Path(sys.prefix) / "transformers4"
@@ -67,7 +68,74 @@ def test_an_even_plan_changes_nothing_and_detaching_leaves_nothing(family):
         assert marks(model) == was
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+ON_RANKS = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3")
+
+
+def average_gradients(parameters):
+    """Over all ranks, as data-parallel training does."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.nn.utils.parameters_to_vector(grads)
+    dist.all_reduce(flat)
+    torch.nn.utils.vector_to_parameters(flat / dist.get_world_size(), grads)
+
+
+def trained_on_a_rank(rank, families, how):
+    """Remote shares of both layers, at first and at the end, what they should be, and whether the
+    model is itself again."""
+    topology = Topology.from_tree("2x1", bandwidth_bytes_per_s=(4e10, 1e10))
+    workload = Workload(tokens_per_rank=128, top_k=TOP_K, experts_per_rank=4)
+    plan = solve(topology, workload, method="entropic", kl=0.3)
+    target_N, found = plan.target_N(rank), {}
+    wanted = 1 - target_N[4 * rank : 4 * rank + 4].sum() / target_N.sum()
+    for family in families:
+        model = tiny_model(family)
+        handle = steer(model, plan, how=how, weight=1.0 if how == "loss" else None)
+        own = set(handle.router_parameters()) if how == "loss" else set()
+        shared = [p for p in model.parameters() if p not in own]
+        groups = [{"params": shared}, {"params": list(own), "lr": 1e-2}]
+        optimizer, shares = torch.optim.AdamW(groups, lr=1e-3), []
+        for step in range(200):
+            tokens = batch(size=4, seed=1000 * rank + step)
+            loss = model(tokens, labels=tokens).loss + handle.loss()
+            optimizer.zero_grad()
+            loss.backward()
+            average_gradients(shared)
+            optimizer.step()
+            if step in (9, 149, 199):
+                numbers = handle.metrics()
+                shares.append([v for k, v in numbers.items() if k.endswith("/remote_share")])
+        handle.detach()
+        twin = tiny_model(family).eval()
+        twin.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            same = torch.equal(twin(tokens).logits, model.eval()(tokens).logits)
+        found[family] = (shares[0], shares[-1], wanted, same)
+    return found
+
+
+@pytest.mark.ranks
+@pytest.mark.emulated
+@pytest.mark.slow
+def test_ranks_that_train_together_reach_their_targets():
+    for found in run_ranks("2x1:400mbit", trained_on_a_rank, ON_RANKS, "bias", timeout_s=280):
+        for family, (_, shares, wanted, same) in found.items():
+            assert shares == pytest.approx([wanted, wanted], abs=0.02), family
+            assert same, family
+
+
+@pytest.mark.ranks
+@pytest.mark.emulated
+@pytest.mark.slow
+def test_ranks_with_routers_of_their_own_move_towards_their_targets_by_loss():
+    given = ("2x1:400mbit", trained_on_a_rank, ON_RANKS[::3], "loss")
+    for found in run_ranks(*given, timeout_s=280):
+        for family, (first, last, wanted, same) in found.items():
+            for before, after in zip(first, last, strict=True):
+                assert abs(after - wanted) < 0.6 * abs(before - wanted), family
+            assert same, family
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ON_RANKS])
 def test_the_bias_reaches_the_target_in_200_steps_of_training(family):
     model = tiny_model(family)
     plan = near()

@@ -7,10 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from tamoe import MoE, SwitchGate
 from tamoe.metrics import (
     dispatch_metrics,
     gather_counts,
     group_metrics,
+    routing_metrics,
     save_heatmap,
     write_scalars,
 )
@@ -104,3 +106,16 @@ def test_wrong_shapes_say_what_is_allowed(tmp_path):
         write_scalars(None, {}, -1)
     with pytest.raises(InputError, match=r"plan is 'plan.json'; allowed: a tamoe.solver.Plan"):
         dispatch_metrics(torch.ones(4), "plan.json", 0)
+
+
+def test_what_a_layer_dropped_is_counted_and_padding_is_not():
+    plan = plan_of("2x2", (3e10, 1e10), 1)
+    gate = SwitchGate(8, 4, capacity=0.5, drop="position")
+    layer = MoE(gate, lambda: torch.nn.Identity(), num_experts=4)
+    x_TD = torch.ones(40, 8)  # all to one expert, which takes 5
+    numbers = routing_metrics(layer(x_TD).routing, plan, 0)
+    assert numbers["choices"] == 40 and numbers["drop_rate"] == 35 / 40
+    mask_T = torch.arange(40) < 20
+    routing = gate(x_TD)
+    numbers = routing_metrics(routing, plan, 0, mask_T)
+    assert numbers["choices"] == 20 and numbers["drop_rate"] == 15 / 20
