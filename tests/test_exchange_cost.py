@@ -176,14 +176,26 @@ def test_a_burst_is_held_up_by_nothing():
     assert found == pytest.approx((2 * size - burst) / (0.5 * rate), rel=1e-3)
 
 
-def test_flows_of_later_steps_take_less_of_a_link():
+def test_flows_of_later_steps_and_of_later_ranks_take_less_of_a_link():
     topology = tree("2x2")  # both flows leave the first node, 1e7 bytes/s
     first, second = (0, 2, 1e6), (1, 3, 1e6)
     after = Step(work_s=1.0)  # of the rank that gets the first flow
     together = [[Step((first,))], [Step((second,))], [Step((first,)), after], [Step((second,))]]
     later = [together[0], [Step(), *together[1]], together[2], [Step(), *together[3]]]
-    assert run_steps(topology, together).time_s == pytest.approx(0.2 + 1.0)
-    assert run_steps(topology, later).time_s == pytest.approx(0.1 * (1 + flows.LATER) + 1.0)
+    behind, later_behind = flows.BEHIND, flows.BEHIND * flows.LATER
+    assert run_steps(topology, together).time_s == pytest.approx(0.1 * (1 + behind) + 1.0)
+    assert run_steps(topology, later).time_s == pytest.approx(0.1 * (1 + later_behind) + 1.0)
+
+
+def test_a_small_flow_ends_before_the_large_one_beside_it():
+    topology = tree("2x2")
+    small, large = 1e4, 1e6
+    step = Step(((0, 2, small), (0, 3, large)))
+    steps = [[step], [], [step, Step(work_s=1.0)], [step]]
+    weights = [size + flows.HEAD_BYTES for size in (small, large)]
+    small_s = small / 1e7 * sum(weights) / weights[0]
+    assert run_steps(topology, steps).time_s == pytest.approx(small_s + 1.0)
+    assert small_s < 0.5 * (small + large) / 1e7
 
 
 def test_work_beside_flows_hides_behind_the_longer_of_both():
