@@ -31,7 +31,7 @@ SHAPES = {
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
 # Random routings of all shapes together; the whole count is asked for with TAMOE_ROUTINGS=10000.
-ROUTINGS = int(os.environ.get("TAMOE_ROUTINGS", "300"))
+ROUTINGS = int(os.environ.get("TAMOE_ROUTINGS", "150"))
 
 
 def tree(shape: str) -> Topology:

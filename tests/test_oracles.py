@@ -18,7 +18,7 @@ import pytest
 from tamoe.experiments.oracles import COMPARISONS, largest_error
 
 ROOT = Path(__file__).parents[1]
-INPUTS = int(os.environ.get("TAMOE_ORACLE_INPUTS", "200"))
+INPUTS = int(os.environ.get("TAMOE_ORACLE_INPUTS", "100"))
 
 
 @pytest.mark.parametrize("comparison", COMPARISONS, ids=lambda c: f"{c.function} = {c.oracle}")
