@@ -75,7 +75,10 @@ ON_RANKS = ("mixtral", "deepseek_v3", *(("qwen3_moe", "olmoe") if EVERY else ())
 
 def average_gradients(parameters):
     """Over all ranks, as data-parallel training does."""
-    grads = [p.grad for p in parameters if p.grad is not None]
+    for parameter in parameters:
+        if parameter.grad is None:  # an expert without a token on this rank has one on another
+            parameter.grad = torch.zeros_like(parameter)
+    grads = [parameter.grad for parameter in parameters]
     flat = torch.nn.utils.parameters_to_vector(grads)
     dist.all_reduce(flat)
     torch.nn.utils.vector_to_parameters(flat / dist.get_world_size(), grads)
