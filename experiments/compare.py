@@ -42,17 +42,9 @@ SCHEMA, SCHEMA_VERSION = "tamoe.experiment.compare", "1.0"
 CLUSTERS = ("4x2:160mbit", "[[2,2],[2]]:320mbit,80mbit")
 SEEDS, STEPS, QUICK_STEPS = 3, 48, 12
 TIMEOUT_S = 3600.0
-MEASURES = (
-    "remote_share",
-    "target_distance",
-    "load_cv",
-    "dropped_share",
-    "val_loss_own",
-    "val_loss_foreign",
-    "val_loss_no_bias",
-    "step_s",
-    "exchange_share",
-)
+LOSSES = ("val_loss_own", "val_loss_foreign", "val_loss_no_bias")
+NOTED = ("remote_share", "dropped_share", *LOSSES, "step_s")  # as the trainees measured them
+MEASURES = (*NOTED, "target_distance", "load_cv", "exchange_share")
 
 
 def run_seed(spec: str, seed: int, steps: int) -> Document:
@@ -117,7 +109,7 @@ def measures(entry: Mapping[str, Any], strategy: Strategy) -> Document:
         "target_distance": distance,
         "load_cv": float(load_N.std() / load_N.mean()),
         "exchange_share": entry["exchanges"][kind].get("exchange_share"),
-        **{key: entry[key] for key in MEASURES if key in entry and key != "exchange_share"},
+        **{key: entry[key] for key in NOTED},
     }
 
 
@@ -153,7 +145,7 @@ def _relative(run: Mapping[str, Any], name: str) -> Document:
     by_name = {row["name"]: row for row in run["strategies"]}
     row, even = by_name[name], by_name["even"]
     found: Document = {key: row[key] for key in MEASURES}
-    for key in ("val_loss_own", "val_loss_foreign", "val_loss_no_bias"):
+    for key in LOSSES:
         found[f"{key}_over_even"] = row[key] / even["val_loss_own"] - 1
     found["speedup"] = even["step_s"] / row["step_s"]
     return found

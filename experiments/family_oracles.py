@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from tamoe.experiments.oracle_inputs import chosen_map, differ, draw_whole, routed
-from tamoe.experiments.tiny_models import FAMILIES, NUM_EXPERTS, TOP_K, tiny_model
+from tamoe.experiments.tiny_models import NUM_EXPERTS, TOP_K, tiny_model
 from tamoe.expert_bias import ExpertBias
 from tamoe.gates import Gate, NaiveGate, SigmoidGate
 from tamoe.group_limit import GroupLimit
@@ -174,6 +174,3 @@ def titan(generator: torch.Generator, score: str) -> float:
             _spread_out(index_TK, theirs_TK),
         ),
     )
-
-
-__all__ = ["FAMILIES", "TITAN_SCORES", "family_router", "titan"]

@@ -203,6 +203,38 @@ class Plan:
         """
         return np.log(self._positive_row(rank, "log_prior_N") / self.even_tokens)
 
+    def price_prior_N(self, rank: int) -> np.ndarray:
+        """What the links' prices alone add to the logits of a rank, ``[N]`` of mean 0.
+
+        An entropic target is even · exp(-(π + u + v) · PkS / (kl · T_even)): prices π of the links,
+        u and v for the sums of ranks and experts. Where flows share links π is not unique.
+
+        Raises
+        ------
+        InputError
+            The rank is unknown, or the plan has no ``kl`` > 0.
+
+        Examples
+        --------
+        >>> from tamoe.solver import Workload, solve
+        >>> topology = Topology.from_tree(
+        ...     "2x1", bandwidth_bytes_per_s=(5.0, 1.0), contention="pairwise"
+        ... )
+        >>> plan = solve(topology, Workload(top_k=1), method="entropic", kl=1.0)
+        >>> bool((plan.price_prior_N(0) - plan.log_prior_N(0)).std() < 1e-3)
+        True
+        """
+        self._check_rank(rank)
+        if not self.kl > 0:
+            raise InputError(
+                f"kl of the plan is {self.kl:g}; allowed: > 0, method='entropic': others have no "
+                f"prices of this kind"
+            )
+        choices = self.num_ranks * self.workload.tokens_per_rank * self.workload.top_k
+        per_second = choices / (self.kl * self.even_time_s) if self.even_time_s else 0.0
+        prior_N: np.ndarray = -self.price_N(rank) * per_second
+        return prior_N - prior_N.mean()
+
     def price_N(self, rank: int) -> np.ndarray:
         """Seconds that one more token from a rank to each expert costs, ``[N]``.
 

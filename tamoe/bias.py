@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -245,7 +245,10 @@ class TopologyBias(PlanModule):
 
     def _prior(self, plan: PlanRows) -> np.ndarray:
         if self.start == "prices":
-            return checked_row("prices", price_prior_N(plan, self.rank), self.num_experts)
+            found = getattr(plan, "price_prior_N", None)
+            if found is None:
+                raise InputError("start is 'prices' and the plan has none; allowed: of solve(…)")
+            return checked_row("price_prior_N", found(self.rank), self.num_experts)
         prior_N = checked_row("log_prior_N", plan.log_prior_N(self.rank), self.num_experts)
         return prior_N * (self.start != "even")
 
@@ -308,32 +311,6 @@ class SignBias(TopologyBias):
     def _change_N(self, trust: torch.Tensor) -> torch.Tensor:
         speed = self.speed / (1.0 + self.decay * self.steps) * trust
         return speed * torch.sign(self.target_share_N - self.moving_share_N)
-
-
-def price_prior_N(plan: PlanRows, rank: int) -> np.ndarray:
-    """What the links' prices alone add to a rank's logits, ``[N]`` of mean 0.
-
-    The optimum of an entropic plan is even · exp(-(π + u + v) · PkS / (kl · T_even)); u and v keep
-    the sums of ranks and experts, π are the prices.
-
-    Raises
-    ------
-    InputError
-        The plan is not one of ``method="entropic"`` with ``kl`` > 0.
-    """
-    kl = getattr(plan, "kl", 0.0)
-    if not kl > 0 or not hasattr(plan, "price_N"):
-        raise InputError(
-            f"start is 'prices' and the plan's kl is {kl:g}; allowed: a plan of method='entropic' "
-            f"with kl > 0"
-        )
-    solved: Any = plan
-    price_N: np.ndarray = solved.price_N(rank)
-    if not solved.even_time_s:
-        return np.zeros(len(price_N))  # nothing takes time
-    choices = solved.num_ranks * solved.workload.tokens_per_rank * solved.workload.top_k
-    prior_N = -price_N * (choices / (kl * solved.even_time_s))
-    return prior_N - prior_N.mean()
 
 
 def _spread(logits_TN: torch.Tensor, mask_T: torch.Tensor | None) -> torch.Tensor:

@@ -159,7 +159,7 @@ def build_cuda(
     output
         Write the library here rather than into the cache.
     folder
-        Of the sources, if they are other ones than tamoe's; for the cache only.
+        Of the sources, if they are other ones than tamoe's.
 
     Raises
     ------
@@ -177,7 +177,7 @@ def build_cuda(
         codes.append(f"arch=compute_{numbers[-1]},code=compute_{numbers[-1]}")
     flags = [*NVCC_FLAGS, *(part for code in codes for part in ("-gencode", code))]
     if output is not None:
-        _compile([nvcc, *flags, "-shared", *_units()], output)
+        _compile([nvcc, *flags, "-shared", *_units(folder)], output)
         return output
     command = [nvcc, *flags, "-shared"]
     return _cached("-cuda.so", command, f"nvcc {version[0]}.{version[1]}", sources(folder))
@@ -216,8 +216,8 @@ def _number(name: str) -> int:
     return int(re.sub(r"\D", "", name))
 
 
-def _units() -> list[str]:
-    return [str(path) for path in sources() if path.suffix == ".cu"]
+def _units(folder: Path | None = None) -> list[str]:
+    return [str(path) for path in sources(folder) if path.suffix == ".cu"]
 
 
 def _cached(suffix: str, command: list[str], compiler: str, files: list[Path]) -> Path:

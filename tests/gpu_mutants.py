@@ -9,17 +9,14 @@ says which.
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 
-from tamoe.kernel_build import build_cuda, source_folder
-from tests.mutants import FINISH, MUTANTS, SYNC, Mutant
+from tamoe.kernel_build import build_cuda
+from tests.mutants import FINISH, MUTANTS, SYNC, Mutant, planted
 
 TIMEOUT_S = 200
 AT_ONCE = 6
@@ -58,15 +55,7 @@ ONLY_HERE = [
 def notice(mutant: Mutant | None, check: str) -> str | None:
     """What the tests say about a bug (None: unchanged sources); None if they pass."""
     major, minor = torch.cuda.get_device_capability()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for path in source_folder().glob("*.*"):
-            shutil.copy(path, folder)
-        if mutant is not None:
-            path = folder / mutant.file
-            text = path.read_text()
-            assert text.count(mutant.before) == 1, f"{mutant.name}: the text to change has changed"
-            path.write_text(text.replace(mutant.before, mutant.after))
+    with planted(mutant) as folder:
         library = build_cuda([f"sm_{major}{minor}"], folder=folder)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     try:

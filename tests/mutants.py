@@ -8,6 +8,7 @@ tried on the static check. The unchanged sources must pass all of it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -207,8 +209,9 @@ MUTANTS = [
 ]
 
 
-def notice(mutant: Mutant | None, check: str, how: str) -> str | None:
-    """What a check says about a mutant (None: unchanged sources); None if it finds nothing."""
+@contextlib.contextmanager
+def planted(mutant: Mutant | None) -> Iterator[Path]:
+    """A folder with the sources and one bug in them (None: unchanged)."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for path in source_folder().glob("*.*"):
@@ -218,6 +221,12 @@ def notice(mutant: Mutant | None, check: str, how: str) -> str | None:
             text = path.read_text()
             assert text.count(mutant.before) == 1, f"{mutant.name}: the text to change has changed"
             path.write_text(text.replace(mutant.before, mutant.after))
+        yield folder
+
+
+def notice(mutant: Mutant | None, check: str, how: str) -> str | None:
+    """What a check says about a mutant (None: unchanged sources); None if it finds nothing."""
+    with planted(mutant) as folder:
         if how == "static":
             return _static(folder, check)
         return _run(build_shim(sanitize=how == "sanitized", folder=folder), check, how)

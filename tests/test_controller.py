@@ -90,9 +90,7 @@ def test_starts_and_speeds_that_are_refused():
     with pytest.raises(InputError, match="start is 'far'; allowed: 'target', 'prices', 'even'"):
         TopologyBias(plan, rank=0, start="far")
     exact = solve(plan.topology, plan.workload, floor=0.2)
-    with pytest.raises(
-        InputError, match=r"start is 'prices' and the plan's kl is 0; allowed: a pl"
-    ):
+    with pytest.raises(InputError, match="kl of the plan is 0; allowed: > 0"):
         TopologyBias(exact, rank=0, start="prices")
     for options, message in (
         ({"speed": 0.0}, "speed is 0.0; allowed: finite and > 0"),

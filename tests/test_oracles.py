@@ -21,7 +21,10 @@ ROOT = Path(__file__).parents[1]
 INPUTS = int(os.environ.get("TAMOE_ORACLE_INPUTS", "100"))
 
 
-@pytest.mark.parametrize("comparison", COMPARISONS, ids=lambda c: f"{c.function} = {c.oracle}")
+HERE = [comparison for comparison in COMPARISONS if comparison.package != "torchtitan"]
+
+
+@pytest.mark.parametrize("comparison", HERE, ids=lambda c: f"{c.function} = {c.oracle}")
 def test_equal_to_the_code_of_others(comparison):
     if find_spec(comparison.package) is None:
         pytest.skip(f"{comparison.package} is not installed")
