@@ -30,8 +30,9 @@ test: $(VENV)/ready
 	$(VENV)/bin/python -m pytest $(ARGS)
 	$(VENV)/bin/python -m pytest -q --doctest-modules --ignore=tamoe/experiments tamoe
 
-frameworks: $(VENV)/ready  # what the tests of adapters need beside .venv; about 1.2 GB
+frameworks: $(VENV)/ready  # what the tests of adapters need beside .venv; about 1.3 GB
 	$(BESIDE) $(VENV)/transformers4 -r tests/transformers4.txt
+	$(BESIDE) $(VENV)/transformers52 -r tests/transformers52.txt
 	$(BESIDE) $(VENV)/torchtitan -r tests/torchtitan.txt
 
 lint: $(VENV)/ready

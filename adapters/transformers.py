@@ -120,10 +120,21 @@ def find_routers(model: nn.Module) -> list[Found]:
         # A router may be a linear layer itself; a block with a router inside is not one.
         linear = isinstance(gate, nn.Linear) and not _ROUTER.search(type(gate).__name__)
         if linear and gate is not None and _BLOCK.search(kind):
-            found.append(Found(name, module, gate.weight, int(module.top_k)))
+            found.append(Found(name, module, gate.weight, _top_k(name, module)))
         elif _ROUTER.search(kind):
-            found.append(Found(name, module, module.weight, int(module.top_k)))
+            found.append(Found(name, module, module.weight, _top_k(name, module)))
     return found
+
+
+def _top_k(name: str, module: nn.Module) -> int:
+    top_k = getattr(module, "top_k", None)
+    if not isinstance(top_k, int):  # DeepSeek's in Transformers 5.0 to 5.5
+        raise InputError(
+            f"router {name!r} is a {type(module).__name__} without top_k: the block around it "
+            f"chooses the experts in this version of transformers; allowed: routers that choose "
+            f"or blocks with a linear gate, as in the newest 5.x and in 4.57"
+        )
+    return top_k
 
 
 def _padding(kwargs: Mapping[str, Any]) -> torch.Tensor | None:

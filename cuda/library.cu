@@ -17,9 +17,17 @@ const char* tamoe_message(int code) {
 #endif
 }
 
+#ifdef __CUDACC__
+// A code, which the next launch would find as its own if the runtime kept it.
+static int told(cudaError_t code) {
+    if (code != cudaSuccess) static_cast<void>(cudaGetLastError());
+    return static_cast<int>(code);
+}
+#endif
+
 int tamoe_use_device(int device) {
 #ifdef __CUDACC__
-    return static_cast<int>(cudaSetDevice(device));
+    return told(cudaSetDevice(device));
 #else
     return device == 0 ? 0 : TAMOE_BAD_ARGUMENT;
 #endif
@@ -37,11 +45,16 @@ int tamoe_shim_seed(uint64_t seed) {
 int tamoe_share_memory(int64_t bytes, void** address, void* handle) {
 #ifdef __CUDACC__
     static_assert(sizeof(cudaIpcMemHandle_t) == TAMOE_HANDLE_BYTES, "what peers hand to each other");
+    *address = nullptr;
     cudaError_t code = cudaMalloc(address, static_cast<size_t>(bytes));
     if (code == cudaSuccess) code = cudaMemset(*address, 0, static_cast<size_t>(bytes));
     if (code == cudaSuccess) code = cudaIpcGetMemHandle(static_cast<cudaIpcMemHandle_t*>(handle), *address);
     if (code == cudaSuccess) code = cudaDeviceSynchronize();
-    return static_cast<int>(code);
+    if (code != cudaSuccess && *address != nullptr) {
+        cudaFree(*address);
+        *address = nullptr;
+    }
+    return told(code);
 #else
     static_cast<void>(bytes), static_cast<void>(address), static_cast<void>(handle);
     return TAMOE_BAD_ARGUMENT;
@@ -51,7 +64,7 @@ int tamoe_share_memory(int64_t bytes, void** address, void* handle) {
 int tamoe_map_memory(const void* handle, void** address) {
 #ifdef __CUDACC__
     const auto peer = *static_cast<const cudaIpcMemHandle_t*>(handle);
-    return static_cast<int>(cudaIpcOpenMemHandle(address, peer, cudaIpcMemLazyEnablePeerAccess));
+    return told(cudaIpcOpenMemHandle(address, peer, cudaIpcMemLazyEnablePeerAccess));
 #else
     static_cast<void>(handle), static_cast<void>(address);
     return TAMOE_BAD_ARGUMENT;
@@ -60,7 +73,7 @@ int tamoe_map_memory(const void* handle, void** address) {
 
 int tamoe_unmap_memory(void* address) {
 #ifdef __CUDACC__
-    return static_cast<int>(cudaIpcCloseMemHandle(address));
+    return told(cudaIpcCloseMemHandle(address));
 #else
     static_cast<void>(address);
     return TAMOE_BAD_ARGUMENT;

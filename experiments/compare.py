@@ -5,10 +5,13 @@ Run it (about half an hour on two cores; ``--quick`` for one seed and few steps)
     python -m tamoe.experiments.compare -o compare.json
 
 On each cluster and for each seed all strategies train the demo's model in turns, over real links.
-At equal steps it notes where choices go, how even experts are, three validation losses (each
-rank's own text; that of the next node's ranks; own text without bias, and with the mean of the
-gates where each rank has its own) and the time of a step with the exchange that ``auto`` takes.
-An existing file is continued: runs that it has are not repeated.
+At equal steps it notes where choices go, how even experts are and how far from the target each
+rank's choices (of each layer, then the mean), three validation losses (each rank's own text; that
+of the next node's ranks; own text without bias, and with the mean of the gates where each rank has
+its own; a group limit stays on, so it has none) and the time of a step. All are timed with the flat
+and the hierarchical exchange; the time is of the one that ``auto`` takes for even counts or for the
+target, of the faster one where a strategy has no target to choose by.
+An existing file is continued: runs of as many steps that it has are not repeated.
 """
 
 from __future__ import annotations
@@ -43,8 +46,8 @@ CLUSTERS = ("4x2:160mbit", "[[2,2],[2]]:320mbit,80mbit")
 SEEDS, STEPS, QUICK_STEPS = 3, 48, 12
 TIMEOUT_S = 3600.0
 LOSSES = ("val_loss_own", "val_loss_foreign", "val_loss_no_bias")
-NOTED = ("remote_share", "dropped_share", *LOSSES, "step_s")  # as the trainees measured them
-MEASURES = (*NOTED, "target_distance", "load_cv", "exchange_share")
+NOTED = ("remote_share", "dropped_share", *LOSSES)  # as the trainees measured them
+MEASURES = (*NOTED, "step_s", "target_distance", "load_cv", "exchange_share")
 
 
 def run_seed(spec: str, seed: int, steps: int) -> Document:
@@ -94,38 +97,44 @@ def run_seed(spec: str, seed: int, steps: int) -> Document:
 
 def measures(entry: Mapping[str, Any], strategy: Strategy) -> Document:
     """What the table has of one strategy and seed."""
-    counts_PN = np.asarray(entry["counts_PN"])
-    load_N = counts_PN.sum(0)
+    chosen_LPN = np.asarray(entry["chosen_LPN"])
+    load_LN = chosen_LPN.sum(1)
     distance = None
     if strategy.has_target:
-        target_PN = np.asarray(entry["target_PN"])
-        apart_PN = shares(counts_PN) - shares(target_PN)
-        distance = float(abs(apart_PN).sum(1).mean() / 2)
-    kind = entry["auto_exchange"]
+        apart_LPN = shares(chosen_LPN) - shares(np.asarray(entry["target_PN"]))
+        distance = float(abs(apart_LPN).sum(2).mean() / 2)
+    timed, kind = entry["exchanges"], entry["auto_exchange"]
+    if strategy.kl is not None and not strategy.has_target:
+        kind = min(timed, key=lambda one: timed[one]["step_s"])
+    noted = {key: entry[key] for key in NOTED}
+    if strategy.kind == "groups":
+        noted["val_loss_no_bias"] = None
     return {
         "name": strategy.name,
         "kl": strategy.kl if strategy.has_target else None,
         "exchange": kind,
         "target_distance": distance,
-        "load_cv": float(load_N.std() / load_N.mean()),
-        "exchange_share": entry["exchanges"][kind].get("exchange_share"),
-        **{key: entry[key] for key in NOTED},
+        "load_cv": float((load_LN.std(1) / load_LN.mean(1)).mean()),
+        "exchange_share": timed[kind].get("exchange_share"),
+        "step_s": timed[kind]["step_s"],
+        **noted,
     }
 
 
-def shares(counts_PN: np.ndarray) -> np.ndarray:
-    """Each row over its sum.
+def shares(counts: np.ndarray) -> np.ndarray:
+    """Counts over their sum along the last axis.
 
     >>> shares(np.array([[1.0, 3.0]])).tolist()
     [[0.25, 0.75]]
     """
-    return counts_PN / counts_PN.sum(1, keepdims=True)
+    return counts / counts.sum(-1, keepdims=True)
 
 
 def summary(runs: Sequence[Mapping[str, Any]]) -> list[Document]:
     """Of each cluster and strategy: mean and standard deviation over seeds of every measure.
 
-    Losses and step times are also given over those of the even run of the same seed.
+    Losses and step times are also given over those of the even run of the same seed, and
+    ``speedup_bound`` is 1/(1 - f) of that run: what no exchange at all would give.
     """
     rows = []
     for spec in dict.fromkeys(run["cluster"] for run in runs):
@@ -146,8 +155,10 @@ def _relative(run: Mapping[str, Any], name: str) -> Document:
     row, even = by_name[name], by_name["even"]
     found: Document = {key: row[key] for key in MEASURES}
     for key in LOSSES:
-        found[f"{key}_over_even"] = row[key] / even["val_loss_own"] - 1
+        loss = row[key]
+        found[f"{key}_over_even"] = None if loss is None else loss / even["val_loss_own"] - 1
     found["speedup"] = even["step_s"] / row["step_s"]
+    found["speedup_bound"] = even["step_s"] / run["compute_step_s"]
     return found
 
 
@@ -160,13 +171,16 @@ def print_summary(rows: Sequence[Mapping[str, Any]]) -> None:
     for spec in dict.fromkeys(row["cluster"] for row in rows):
         mine = [row for row in rows if row["cluster"] == spec]
         seeds = mine[0]["seeds"]
-        table = Table(
-            title=f"{spec} (emulated, {seeds} seeds: mean ± deviation)", title_justify="left"
+        title = (
+            f"{spec} (emulated, {seeds} seeds: mean ± deviation; with no exchange the even step "
+            f"would be {mine[0]['speedup_bound']:.2f} times as fast)"
         )
+        table = Table(title=title, title_justify="left")
         table.add_column("strategy")
         columns = {
             "remote": ("remote_share", "{:.1%}"),
             "to target": ("target_distance", "{:.1%}"),
+            "dropped": ("dropped_share", "{:.1%}"),
             "load CV": ("load_cv", "{:.2f}"),
             "own loss": ("val_loss_own_over_even", "{:+.2%}"),
             "foreign": ("val_loss_foreign_over_even", "{:+.2%}"),
@@ -209,6 +223,8 @@ def main(
     check_writable(output)
     if steps < 12:
         raise InputError(f"--steps is {steps}; allowed: a whole number >= 12")
+    if seeds < 1:
+        raise InputError(f"--seeds is {seeds}; allowed: a whole number >= 1")
     clusters = CLUSTERS[:1] if quick else CLUSTERS
     steps, seeds = (QUICK_STEPS, 1) if quick else (steps, seeds)
     document: Document = {
@@ -222,6 +238,13 @@ def main(
     }
     if output.exists():
         before = read_document(output, SCHEMA, SCHEMA_VERSION)
+        if before["config"] != document["config"] or any(
+            r["steps"] != steps for r in before["runs"]
+        ):
+            raise InputError(
+                f"{output} has runs of another configuration or of other steps than {steps}; "
+                f"allowed: the same, or another --output"
+            )
         document["runs"] = before["runs"]
     for seed in range(seeds):
         for spec in clusters:
@@ -229,8 +252,8 @@ def main(
             if (spec, seed, steps) in have:
                 continue
             document["runs"].append(run_seed(spec, seed, steps))
-            document["summary"] = summary(document["runs"])
-            write_document(output, document)
+            write_document(output, document | {"summary": summary(document["runs"])})
+    document["summary"] = summary(document["runs"])
     draw(document, output.with_suffix(".png"))
     print_summary(document["summary"])
     print(f"wrote {output} and {output.with_suffix('.png')}")

@@ -44,9 +44,12 @@ def draw(document: dict[str, Any], path: Path) -> None:
         mine = [row for row in rows if row["cluster"] == spec]
         _draw_panel(by_traffic, mine, "remote_share", 100, "choices that leave the node (%)")
         _draw_panel(by_time, mine, "step_s", 1e3, "time of a step (ms)")
+        even = next(row for row in mine if row["name"] == "even")
+        least_ms = even["step_s"] / even["speedup_bound"] * 1e3
+        by_time.axvline(least_ms, color="black", lw=1, ls=":", label="no exchange at all")
         by_traffic.set_title(f"{spec}: quality against traffic", fontsize=10.5)
         by_time.set_title(f"{spec}: quality against time", fontsize=10.5)
-    handles, labels = axes[0][0].get_legend_handles_labels()
+    handles, labels = axes[0][1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
     seeds, steps = rows[0]["seeds"], document["runs"][0]["steps"]
     figure.suptitle(

@@ -8,14 +8,18 @@ It writes ``controller.json`` and ``controller.png``; the committed ones are of 
 
 What is simulated: each rank draws Gaussian logits of one spread, shifted by a constant of each
 expert so that experts would be uneven; no network, no training. The real biases of tamoe select.
-Experts are kept even by an ExpertBias in every run, the one without steering too. All biases start
-from even dispatch. Shares and loads are counted.
+Experts are kept even by an ExpertBias in every run, the one without steering too. Controllers start
+from even dispatch, fixed prices where they stay. Shares and loads are counted.
 
 A run has *reached* the target at the first step from which the share of choices in the node stays
 within 2 points of it, in means of 10 steps, for 100 steps; *held* is the largest distance of such a
-mean from step 200 on. The load's coefficient of variation is that of the experts' choices over all
-ranks, a mean over the same steps; without steering it is the baseline, and even routing by chance
-alone has 1/sqrt(choices of an expert).
+mean from step 200 on. Both are of the mean over ranks; *worst rank* is the largest distance of any
+rank's own mean of 10 steps. The load's coefficient of variation is that of the experts' choices
+over all ranks, a mean over the same steps; without steering it is the baseline. Allowed is 1.1
+times that and 1/sqrt(choices of an expert), what even routing has by chance alone.
+
+``sign 0.001`` adds DeepSeek-V3's step to the logits as they are. It was made for sigmoid scores in
+(0, 1): in 1,000 steps it cannot move a logit by more than 1, so wide logits are out of its reach.
 """
 
 from __future__ import annotations
@@ -40,7 +44,7 @@ from tamoe.functional import expert_counts
 from tamoe.progress import progress_line
 from tamoe.solver import Plan, Workload, solve
 from tamoe.topology import Topology
-from tamoe.topology.documents import write_document
+from tamoe.topology.documents import check_writable, write_document
 
 SCHEMA, SCHEMA_VERSION = "tamoe.experiment.controller", "1.0"
 How = Literal["none", "gain", "sign", "sign 0.001", "prices, fixed"]
@@ -130,8 +134,11 @@ def _scaled(how: How, bias: TopologyBias, logits_TN: torch.Tensor, spread: float
 def summarise(config: Config, plan: Plan, counts: np.ndarray) -> dict[str, Any]:
     """What a run reached and held, from its choices."""
     target = float(node_share(plan, plan.target_PN).mean())
-    shares = np.array([node_share(plan, step).mean() for step in counts])
-    means = np.convolve(shares, np.full(MEAN_STEPS, 1 / MEAN_STEPS), "valid")
+    wanted_P = node_share(plan, plan.target_PN)
+    share_SP = np.array([node_share(plan, step) for step in counts])
+    mean_of_10 = np.full(MEAN_STEPS, 1 / MEAN_STEPS)
+    means = np.convolve(share_SP.mean(1), mean_of_10, "valid")
+    mean_SP = np.stack([np.convolve(share_S, mean_of_10, "valid") for share_S in share_SP.T], 1)
     away = abs(means - target)
     held_from = min(HELD_FROM, len(away) // 2)
     load = counts[held_from:].sum(1).astype(float)
@@ -140,6 +147,7 @@ def summarise(config: Config, plan: Plan, counts: np.ndarray) -> dict[str, Any]:
         "target": target,
         "reached_step": _first_stay(away <= WITHIN),
         "held": float(away[held_from:].max()),
+        "worst_rank": float(abs(mean_SP - wanted_P)[held_from:].max()),
         "load_cv": cv,
         "chance_cv": 1 / math.sqrt(load.mean()),
         "share_by_step": [round(float(s), 4) for s in means[:: max(1, config.steps // 200)]],
@@ -196,16 +204,23 @@ def print_rows(rows: Sequence[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(title="Controllers from even dispatch (simulated)", title_justify="left")
-    for column in ("k", "spread", "controller", "reached at", "off by, held", "load CV", "allowed"):
+    for column in (
+        "k",
+        "spread",
+        "controller",
+        "reached at",
+        "off by, held",
+        "worst rank",
+        "load CV",
+        "allowed",
+    ):
         table.add_column(column, justify="left" if column == "controller" else "right")
     for row in rows:
         if row["how"] == "none":
             continue
         reached = "–" if row["reached_step"] is None else f"step {row['reached_step']}"
-        off, cv, allowed = f"{row['held']:.3f}", f"{row['load_cv']:.3f}", f"{row['cv_allowed']:.3f}"
-        table.add_row(
-            *(f"{row['top_k']}", f"{row['spread']:g}", row["how"], reached, off, cv, allowed)
-        )
+        numbers = [f"{row[key]:.3f}" for key in ("held", "worst_rank", "load_cv", "cv_allowed")]
+        table.add_row(f"{row['top_k']}", f"{row['spread']:g}", row["how"], reached, *numbers)
     Console(width=None if Console().is_terminal else 110).print(table)
 
 
@@ -219,6 +234,8 @@ def main(
     """Compare controllers on simulated ranks; writes controller.json and controller.png."""
     from tamoe.experiments.controller_figure import draw
 
+    for path in (out / "controller.json", out / "controller.png"):
+        check_writable(path)
     results = run(QUICK if quick else Config(), processes, progress_line("controller"))
     write_document(out / "controller.json", results)
     draw(results, out / "controller.png")

@@ -48,6 +48,7 @@ from tamoe.functional import (
 from tamoe.gates import Gate, NaiveGate, SigmoidGate
 from tamoe.group_limit import GroupLimit
 from tamoe.topology.documents import check_writable, read_document, write_document
+from tamoe.topology.errors import InputError
 
 DISTRIBUTIONS = {"megatron": "megatron-core"}  # where the name is not the package's
 SCHEMA, SCHEMA_VERSION = "tamoe.experiment.oracles", "1.0"
@@ -284,8 +285,13 @@ def main(
 ) -> None:
     """Compare, print a table, write JSON (measured)."""
     check_writable(output)
-    rows = rows_of(inputs, only)
+    packages = sorted({comparison.package for comparison in COMPARISONS})
+    if only not in (None, *packages):
+        raise InputError(f"--only is {only!r}; allowed: {', '.join(packages)}")
+    if inputs < 1:
+        raise InputError(f"--inputs is {inputs}; allowed: a whole number >= 1")
     kept = read_document(output, SCHEMA, SCHEMA_VERSION)["rows"] if output.exists() else []
+    rows = rows_of(inputs, only)
     new = {(row["oracle"], row["version"]) for row in rows}
     rows += [row for row in kept if (row["oracle"], row["version"]) not in new]
     rows.sort(key=lambda row: (row["package"], row["version"], row["oracle"]))

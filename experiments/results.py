@@ -192,7 +192,7 @@ def empty_strategy(name: str, kind: str, kl: float | None, router: str) -> Docum
     )
     fixed = {"name": name, "kind": kind, "kl": kl, "router": router}
     chosen: Document = {"auto_exchange": None, "auto_reason": None, "exchanges": {}}
-    lists: Document = {"counts_PN": None, "target_PN": None, "curve": []}
+    lists: Document = {"counts_PN": None, "chosen_LPN": None, "target_PN": None, "curve": []}
     return {**fixed, **chosen, **dict.fromkeys(numbers), **lists}
 
 

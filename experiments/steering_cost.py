@@ -5,9 +5,9 @@ Run it (about two minutes on one core)::
     python -m tamoe.experiments.steering_cost -o steering_cost.json
 
 One process with one thread trains the demo's model without a network, so that the step is as short
-as it gets and the share as large. The plan is even: the controller does all its work, and choices
-stay those of the model without it, so that experts have the same to do. Measured: medians of steps
-in turns, and of the parts alone.
+as it gets and the share as large. The plan is even and the gain next to nothing: the controller
+does all its work, and choices stay those of the model without it, so that experts have the same to
+do. Measured: medians of steps in turns, and of the parts alone.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from tamoe.progress import progress_line
 from tamoe.solver import Plan, Workload, solve
 from tamoe.topology import Topology
 from tamoe.topology.documents import check_writable, write_document
+from tamoe.topology.errors import InputError
 
 SCHEMA, SCHEMA_VERSION = "tamoe.experiment.steering_cost", "1.0"
 RANKS = 8  # whose experts there are
@@ -59,7 +60,7 @@ class Trained:
         num_experts = RANKS * config.experts_per_rank
 
         def make_moe(_: int) -> torch.nn.Module:
-            steer = None if plan is None else TopologyBias(plan, rank=0)
+            steer = None if plan is None else TopologyBias(plan, rank=0, gain=1e-9)
             gate = GShardGate(
                 config.hidden_size,
                 num_experts,
@@ -181,6 +182,8 @@ def main(
 ) -> None:
     """Time steps with and without steering; prints the shares, writes JSON (measured)."""
     check_writable(output)
+    if steps < 1:
+        raise InputError(f"--steps is {steps}; allowed: a whole number >= 1")
     torch.set_num_threads(1)
     config = TrainConfig()
     found = run(steps, config, progress_line("steering cost"))

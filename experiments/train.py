@@ -240,8 +240,10 @@ class _Run:
     def _save(self) -> None:
         for trainee, entry in zip(self.trainees, self.entries, strict=True):
             counts_PN = self._gather(trainee.counts_N)
+            chosen_PLN = self._gather(trainee.chosen_LN)
             if self.rank == 0:
                 self._fill(entry, self._settled(self.times[entry["name"]]), counts_PN)
+                entry["chosen_LPN"] = chosen_PLN.transpose(0, 1).tolist()
             dropped = trainee.mean_of_ranks(torch.tensor(trainee.dropped_share))
             entry["dropped_share"] = float(dropped)
         step_s, _ = median_and_spread([t.step_s for _, t in self._settled(self.compute_times)])

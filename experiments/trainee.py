@@ -15,6 +15,7 @@ from tamoe.exchange import Exchange
 from tamoe.experiments.model import GPT, FeedForward, GPTOutput, ModelConfig, initialise
 from tamoe.experiments.strategies import Strategy, make_gate, make_layer
 from tamoe.experiments.text import Corpus, train_batch, validation_batch
+from tamoe.functional import expert_counts
 from tamoe.gates import Gate, steering
 from tamoe.groups import group_size
 from tamoe.moe import MoE
@@ -135,6 +136,8 @@ class Trainee:
         self.steps = 0
         self._own_s, self._own_steps = 0.0, 0  # of the steps with its own exchange
         self.counts_N = torch.zeros(num_experts)  # of the latest steps, mean of the layers
+        # Of the latest steps, too, but by layer, and choices that were kept: no padding.
+        self.chosen_LN = torch.zeros(len(self.layers), num_experts)
         self.dropped_share = 0.0  # of the latest steps, like the counts
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
@@ -207,6 +210,9 @@ class Trainee:
         first = self.steps == 0
         counts_N = torch.tensor(record.sent_counts_N, dtype=torch.float32).mean(0)
         self.counts_N = counts_N if first else self.counts_N.lerp(counts_N, 0.25)
+        chosen = [expert_counts(r.expert_index_TK, len(counts_N)) for r in out.routings]
+        chosen_LN = torch.stack(chosen).float()
+        self.chosen_LN = chosen_LN if first else self.chosen_LN.lerp(chosen_LN, 0.25)
         dropped = _dropped_share(out)
         kept = self.dropped_share
         self.dropped_share = dropped if first else kept + 0.25 * (dropped - kept)

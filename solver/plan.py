@@ -148,6 +148,20 @@ class Plan:
         ranks = np.array(self.workload.groups(self.num_ranks)[self.group_of(rank)])
         return ranks[self.workload.expert_position_N(self.num_ranks)]
 
+    def level_N(self, rank: int) -> np.ndarray:
+        """Highest level of a link to each expert's rank, ``[N]``; -1 where that is the rank."""
+        if rank not in self._level_of_rank:
+            level = [
+                -1 if other == rank else self.topology.level(rank, int(other))
+                for other in self.expert_rank_N(rank)
+            ]
+            self._level_of_rank[rank] = np.array(level)
+        return self._level_of_rank[rank].copy()
+
+    @cached_property
+    def _level_of_rank(self) -> dict[int, np.ndarray]:
+        return {}
+
     # ---- rows ---------------------------------------------------------------------------------
 
     def target_N(self, rank: int) -> np.ndarray:
@@ -206,8 +220,9 @@ class Plan:
     def price_prior_N(self, rank: int) -> np.ndarray:
         """What the links' prices alone add to the logits of a rank, ``[N]`` of mean 0.
 
-        An entropic target is even · exp(-(π + u + v) · PkS / (kl · T_even)): prices π of the links,
-        u and v for the sums of ranks and experts. Where flows share links π is not unique.
+        Where no floor binds, an entropic target is even · exp((u + v - π) · PkS / (kl · T_even)):
+        prices π of the links, u and v for the sums of ranks and experts. Where flows share links π
+        is not unique.
 
         Raises
         ------

@@ -66,10 +66,14 @@ def run_kernel_bench(
 def _check_device(device: str) -> None:
     import torch
 
+    from tamoe.kernel_calls import library_of
+
     if device not in ("cpu", "cuda"):
         raise InputError(f"--device is {device!r}; allowed: cpu, cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device is 'cuda' and PyTorch sees no GPU here; allowed: cpu")
+    if device == "cuda" and library_of(torch.empty(0, device=device)) is None:
+        raise InputError("--device is 'cuda' and there are no kernels for it; see `tamoe kernels`")
 
 
 def print_rates(rates: Sequence[Rate], device: str) -> None:

@@ -23,6 +23,7 @@ MIN_WINDOW_CHOICES = 16.0
 MAX_SHARE_STEP = 0.5  # a longer memory than two batches makes the loop overshoot
 SPREAD_STEP = 0.1
 MAX_LOG_RATIO = 3.0  # an expert without any choice is worth no more than one at 5 % of its target
+LEAST_SPREAD = 1e-6  # equal logits still need a bias that breaks their ties
 MAX_UNIT_BIAS = 30.0  # in spreads; beyond that selection is all or nothing
 Start = Literal["target", "prices", "even"]
 STARTS: tuple[Start, ...] = ("target", "prices", "even")
@@ -155,10 +156,11 @@ class TopologyBias(PlanModule):
         Raises
         ------
         InputError
-            The plan has another number of ranks or experts.
+            The plan has another number of ranks or experts, or not what ``start`` asks for.
         """
+        self._check_size(plan)
+        prior_N = self._prior(plan)  # refuses some plans, so before anything is adopted
         self._adopt(plan)
-        prior_N = self._prior(plan)
         units = 1.0 if self.fixed else self._units_per_log()
         change_N = torch.from_numpy((prior_N - self._prior_N) * units).to(self.unit_bias_N)
         self._prior_N = prior_N
@@ -225,13 +227,17 @@ class TopologyBias(PlanModule):
         total = counts_N.sum()
         latest = torch.where(self.batch_spread > 0, self.batch_spread, self.spread)
         seen = torch.where(self.spread > 0, self.spread, latest)
-        self.spread.copy_(seen + SPREAD_STEP * (latest - seen))
-        expected = total * self.target_share_N.min()
-        step = (expected / MIN_WINDOW_CHOICES).clamp(max=MAX_SHARE_STEP)  # 0 without tokens
+        self.spread.copy_(torch.lerp(seen, latest, SPREAD_STEP))
+        # 0 without tokens, and less than its most where the rarest expert expects few choices.
+        step = (total * self._step_per_choice).clamp(max=MAX_SHARE_STEP)
         self.moving_share_N.lerp_(counts_N / total.clamp_min(1), step)
         self.unit_bias_N.add_(self._change_N((2 * step).clamp(max=1.0)))
         self.unit_bias_N.sub_(self.unit_bias_N.mean()).clamp_(-MAX_UNIT_BIAS, MAX_UNIT_BIAS)
-        self.steps.add_((total > 0).long())
+        self.steps.add_(total > 0)
+
+    @property
+    def _step_per_choice(self) -> float:
+        return float(self.share_N.min()) / MIN_WINDOW_CHOICES
 
     def extra_repr(self) -> str:
         """Rank, size and gain, for ``print(model)``."""
@@ -315,14 +321,20 @@ class SignBias(TopologyBias):
 
 def _spread(logits_TN: torch.Tensor, mask_T: torch.Tensor | None) -> torch.Tensor:
     """Standard deviation about the means over tokens and over experts; 0 where it has no value."""
-    keep_T1 = torch.ones_like(logits_TN[:, :1], dtype=torch.float32)
-    if mask_T is not None:
-        keep_T1 = mask_T.unsqueeze(1).bool().float()
-    centred_TN = torch.where(keep_T1 > 0, logits_TN.float(), 0.0)
+    tokens, num_experts = logits_TN.shape
+    if tokens < 2 or num_experts < 2:
+        return logits_TN.new_zeros((), dtype=torch.float32)
+    if mask_T is None:
+        centred_TN = logits_TN.float()
+        centred_TN = centred_TN - centred_TN.mean(1, keepdim=True)
+        centred_TN -= centred_TN.mean(0)
+        spread = torch.linalg.vector_norm(centred_TN) / math.sqrt((tokens - 1) * (num_experts - 1))
+        return torch.where(spread.isfinite(), spread.clamp_min(LEAST_SPREAD), 0.0)
+    keep_T1 = mask_T.unsqueeze(1).bool()
+    centred_TN = torch.where(keep_T1, logits_TN.float(), 0.0)
     centred_TN = centred_TN - centred_TN.mean(1, keepdim=True)
-    tokens = keep_T1.sum()
-    centred_TN = (centred_TN - centred_TN.sum(0) / tokens) * keep_T1
-    degrees = (tokens - 1) * (logits_TN.shape[1] - 1)
+    kept = keep_T1.sum()
+    centred_TN = (centred_TN - centred_TN.sum(0) / kept) * keep_T1
+    degrees = (kept - 1) * (num_experts - 1)
     spread = (centred_TN.square().sum() / degrees).sqrt()
-    # Equal logits have a spread of 0 and still need a bias that breaks their ties.
-    return torch.where((degrees > 0) & spread.isfinite(), spread.clamp_min(1e-6), 0.0)
+    return torch.where((degrees > 0) & spread.isfinite(), spread.clamp_min(LEAST_SPREAD), 0.0)

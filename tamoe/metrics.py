@@ -83,13 +83,12 @@ def dispatch_metrics(
     found = {"choices": float(counts.sum()), "drop_rate": dropped / total}
     found |= _balance(counts)
     found["target_divergence"] = _divergence(counts, plan.target_N(rank))
-    topology, expert_rank_N = getattr(plan, "topology", None), getattr(plan, "expert_rank_N", None)
-    if topology is None or expert_rank_N is None:
+    topology, find_level_N = getattr(plan, "topology", None), getattr(plan, "level_N", None)
+    if topology is None or find_level_N is None:
         return found
-    place_N = expert_rank_N(rank)
-    level_N = np.array([-1 if r == rank else topology.level(rank, int(r)) for r in place_N])
-    shares = [counts[level_N == level].sum() / total for level in range(-1, topology.num_levels)]
-    found["remote_share"] = float(sum(shares[2:]))
+    level_N = find_level_N(rank)
+    shares = np.bincount(level_N + 1, counts, minlength=topology.num_levels + 1) / total
+    found["remote_share"] = float(shares[2:].sum())
     found["level_self"] = float(shares[0])
     found |= {f"level_{level}": float(share) for level, share in enumerate(shares[1:])}
     found["sent_bytes"] = float(counts[level_N >= 0].sum()) * plan.workload.token_bytes  # type: ignore[attr-defined]

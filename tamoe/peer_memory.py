@@ -133,6 +133,11 @@ def _by_handles(
         library.call("share_memory", max(num_bytes, 1), ctypes.byref(address), handle)
     except KernelError as error:
         problem = str(error)
+    if problems := _told_all(problem, group):
+        other, text = problems[0]
+        raise KernelError(
+            f"rank {other} cannot share {num_bytes} bytes of its GPU's memory: {text}"
+        )
     handles: list[Any] = [None] * size
     dist.all_gather_object(handles, handle.raw, group=group)
     addresses, mapped = [], []

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 class PeerStore:
     """Receive buffers of the ranks of one node, and the exchange that fills them.
 
+    On a GPU the buffers stay until the process ends, so make one and keep it.
+
     Parameters
     ----------
     group

@@ -130,13 +130,16 @@ class PlanModule(Float32State, ABC):
         """Whether the rank's target is even, so that there is nothing to steer."""
         return bool(np.allclose(self.share_N * self.num_experts, 1.0, rtol=1e-3))
 
-    def _adopt(self, plan: PlanRows) -> None:
+    def _check_size(self, plan: PlanRows) -> None:
         check_plan(plan)
         if (plan.num_ranks, plan.num_experts) != (self.num_ranks, self.num_experts):
             raise InputError(
                 f"plan has {plan.num_ranks} ranks and {plan.num_experts} experts; allowed: "
                 f"{self.num_ranks} ranks and {self.num_experts} experts, as before"
             )
+
+    def _adopt(self, plan: PlanRows) -> None:
+        self._check_size(plan)
         self.share_N = self._share(plan)
 
     def _share(self, plan: PlanRows) -> np.ndarray:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,28 +11,18 @@ import torch
 from tamoe.adapters.fastmoe import gate_class
 from tamoe.adapters.versions import FRAMEWORKS, require
 from tamoe.functional import balance_loss, expert_counts
-from tamoe.solver import Plan, Workload, solve
-from tamoe.topology import Topology, run_ranks
 from tamoe.topology.errors import InputError
 from tests.plan_rows import two_nodes
-
-TITAN = Path(sys.prefix) / "torchtitan"
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-needs_deepspeed = pytest.mark.skipif(
-    find_spec("deepspeed") is None, reason="deepspeed is not installed"
+from tests.routers import (
+    TITAN,
+    megatron_router,
+    near,
+    needs_deepspeed,
+    needs_megatron,
+    needs_torchtitan,
+    remote_target,
+    titan_router,
 )
-
-
-def near(top_k: int = 2, tree: str = "2x4") -> Plan:
-    topology = Topology.from_tree(tree, bandwidth_bytes_per_s=(4e10, 1e10))
-    workload = Workload(tokens_per_rank=256, top_k=top_k, experts_per_rank=8 // topology.num_ranks)
-    return solve(topology, workload, method="entropic", kl=0.3)
-
-
-def remote_target(plan: Plan, rank: int = 0) -> float:
-    target_N, mine = plan.target_N(rank), rank * 2 // plan.num_ranks
-    return float(sum(target_N[e] for e in range(8) if e // 4 != mine) / target_N.sum())
-
 
 # ---- DeepSpeed ----------------------------------------------------------------------------------
 
@@ -105,61 +92,6 @@ def test_an_even_plan_gives_what_deepspeed_gives(top_k, sparse, drop_tokens):
     assert "forward" not in gate.__dict__
 
 
-def _train_deepspeed(rank: int, how: str) -> tuple[float, float, bool]:
-    import deepspeed
-    from deepspeed.moe.layer import MoE
-
-    from tamoe.adapters.deepspeed import steer
-
-    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
-    torch.manual_seed(0)
-    plan = near(tree="2x1")
-    layer = MoE(
-        16,
-        torch.nn.Linear(16, 16),
-        num_experts=8,
-        ep_size=2,
-        k=2,
-        drop_tokens=False,
-        top2_2nd_expert_sampling=False,
-    )
-    layer.set_deepspeed_parallelism()
-    x = torch.randn(256, 16, generator=torch.Generator().manual_seed(rank))
-    state = {name: value.clone() for name, value in layer.state_dict().items()}
-    before = layer(x)[0].detach()
-    handle = steer(layer, plan, how=how)
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=3e-3 if how == "bias" else 3e-2)
-    for step in range(200):
-        own = torch.Generator().manual_seed(1000 * rank + step)
-        out, loss, _ = layer(torch.randn(256, 16, generator=own))
-        ((out - 1).square().mean() * (how == "bias") + loss).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if step == 149:
-            handle.metrics()
-    share = next(v for k, v in handle.metrics().items() if k.endswith("remote_share"))
-    handle.detach()
-    layer.load_state_dict(state)
-    return share, remote_target(plan, rank), torch.equal(layer(x)[0], before)
-
-
-@needs_deepspeed
-@pytest.mark.ranks
-@pytest.mark.slow
-def test_deepspeeds_layer_on_two_ranks_reaches_the_target_by_bias():
-    for share, wanted, same in run_ranks(2, _train_deepspeed, "bias", timeout_s=200):
-        assert share == pytest.approx(wanted, abs=0.02)
-        assert same
-
-
-@needs_deepspeed
-@pytest.mark.ranks
-@pytest.mark.slow
-def test_deepspeeds_layer_on_two_ranks_moves_towards_the_target_by_loss():
-    for share, wanted, _ in run_ranks(2, _train_deepspeed, "loss", timeout_s=200):
-        assert abs(share - wanted) < abs(0.5 - wanted) / 2
-
-
 @needs_deepspeed
 def test_what_deepspeed_does_not_fit_is_refused():
     from tamoe.adapters.deepspeed import steer
@@ -184,29 +116,7 @@ def one_rank():
     torch.distributed.destroy_process_group()
 
 
-def megatron_router(group: Any, **options: Any) -> torch.nn.Module:
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.transformer.moe.router import TopKRouter
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=16,
-        num_attention_heads=2,
-        num_moe_experts=8,
-        moe_router_topk=2,
-        moe_router_load_balancing_type="none",
-        use_cpu_initialization=True,
-        **options,
-    )
-    groups = ProcessGroupCollection(tp=group, cp=group, tp_cp=group, tp_dp_cp=group)
-    torch.manual_seed(0)
-    router = TopKRouter(config, groups)
-    torch.nn.init.normal_(router.weight, std=0.5)
-    return router
-
-
-@pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
+@needs_megatron
 @pytest.mark.parametrize(
     "options",
     [
@@ -252,25 +162,7 @@ def test_megatrons_router_reaches_the_target_and_is_itself_again(one_rank, optio
 # ---- TorchTitan ---------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def titan(monkeypatch):
-    if not TITAN.is_dir():
-        pytest.skip("torchtitan is not installed beside: make frameworks")
-    monkeypatch.setattr(sys, "path", [*sys.path, str(TITAN)])
-    from torchtitan.models.common.linear import Linear
-    from torchtitan.models.common.moe import TokenChoiceTopKRouter
-
-    def make(**options: Any) -> torch.nn.Module:
-        gate = Linear.Config(in_features=16, out_features=8, bias=False)
-        config = TokenChoiceTopKRouter.Config(num_experts=8, gate=gate, top_k=2, **options)
-        torch.manual_seed(0)
-        router = config.build()
-        torch.nn.init.normal_(router.gate.weight, std=0.5)
-        return router
-
-    return make
-
-
+@needs_torchtitan
 @pytest.mark.parametrize(
     "options",
     [
@@ -280,10 +172,11 @@ def titan(monkeypatch):
     ],
     ids=str,
 )
-def test_torchtitans_router_reaches_the_target_and_is_itself_again(titan, options):
+def test_torchtitans_router_reaches_the_target_and_is_itself_again(monkeypatch, options):
     from tamoe.adapters.torchtitan import steer
 
-    router, plan = titan(**options).train(), near()
+    monkeypatch.setattr(sys, "path", [*sys.path, str(TITAN)])
+    router, plan = titan_router(**options).train(), near()
 
     def route(seed: int) -> Any:
         x = torch.randn(2, 256, 16, generator=torch.Generator().manual_seed(seed))

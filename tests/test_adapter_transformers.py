@@ -1,14 +1,11 @@
 """Steering of real Transformers models: it changes what it should alone, and reaches its target.
 
-The same tests run under Transformers 5 and 4.57, see the last one.
+``test_transformers_versions.py`` runs them under Transformers 4.57, too.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +20,6 @@ from tamoe.topology.errors import InputError
 from tests.plan_rows import Rows, two_nodes
 
 pytest.importorskip("transformers")
-OLD = Path(sys.prefix) / "transformers4"
 
 
 def even() -> PlanRows:
@@ -333,29 +329,3 @@ def test_reentrant_checkpointing_is_named_where_it_cuts_off_the_loss():
     model(batch())
     with pytest.raises(InputError, match="use_reentrant=False"):
         handle.loss()
-
-
-# ---- the other major version --------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    not OLD.is_dir(), reason="Transformers 4.57 is not installed beside: make frameworks"
-)
-def test_all_of_this_holds_under_transformers_4():
-    environment = os.environ | {"PYTHONPATH": str(OLD)}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    ranks = "" if EVERY else " and not ranks"
-    run = subprocess.run(
-        [*command, "-k", f"not transformers_4 and not (steps and (qwen or greedy or gpt)){ranks}"],
-        env=environment,
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout[-3000:]
-    check = [sys.executable, "-c", "import transformers; print(transformers.__version__)"]
-    seen = subprocess.run(check, env=environment, capture_output=True, text=True, check=True)
-    assert seen.stdout.startswith("4.57")

@@ -7,6 +7,7 @@ import os
 import pickle
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -135,9 +136,18 @@ def own_number(rank: int) -> tuple[int, int, bool]:
     return os.getpid(), int(os.readlink("/proc/self")), os.getpid() in listed
 
 
+def can_mount_proc() -> bool:
+    """Whether a process may show a PID namespace of its own in /proc."""
+    command = ["unshare", "--map-root-user", "--pid", "--fork", "--mount-proc", "true"]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
 def test_proc_shows_a_rank_under_its_own_number() -> None:
     """CUDA does not start where it does not."""
-    for number, shown, listed in run_ranks(2, own_number):
+    found = run_ranks(2, own_number)
+    if any(number != shown for number, shown, _ in found) and not can_mount_proc():
+        pytest.skip("this kernel or container lets no process mount /proc")
+    for number, shown, listed in found:
         assert number == shown and listed
 
 
