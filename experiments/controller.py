@@ -53,6 +53,7 @@ WITHIN = 0.02  # of the target
 MEAN_STEPS = 10
 STAYS_STEPS = 100
 HELD_FROM = 200
+POINTS = 200  # of a curve, kept in the file
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def summarise(config: Config, plan: Plan, counts: np.ndarray) -> dict[str, Any]:
         "worst_rank": float(abs(mean_SP - wanted_P)[held_from:].max()),
         "load_cv": cv,
         "chance_cv": 1 / math.sqrt(load.mean()),
-        "share_by_step": [round(float(s), 4) for s in means[:: max(1, config.steps // 200)]],
+        "share_by_step": [round(float(s), 4) for s in means[:: max(1, config.steps // POINTS)]],
     }
 
 
