@@ -1,4 +1,4 @@
-"""Programs started by tests, found again by a mark that their descendants inherit."""
+"""Programs started by tests, found again by a mark that their descendants inherit; what they may do."""
 
 from __future__ import annotations
 
@@ -84,3 +84,9 @@ def until(condition: Callable[[], object], timeout_s: float) -> float:
             raise AssertionError(f"not true after {timeout_s} s: {condition}")
         time.sleep(0.01)
     return time.monotonic() - started
+
+
+def can_mount_proc() -> bool:
+    """Whether a process may show a PID namespace of its own in /proc."""
+    command = ["unshare", "--map-root-user", "--pid", "--fork", "--mount-proc", "true"]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0

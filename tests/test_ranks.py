@@ -7,7 +7,6 @@ import os
 import pickle
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -22,7 +21,7 @@ from tamoe.topology import launcher, ranks as ranks_module
 from tamoe.topology.errors import InputError, RankError, RankTimeoutError
 from tamoe.topology.rank_protocol import Kind, raised, send
 from tamoe.topology.ranks import run_ranks
-from tests.processes import MARK, marked
+from tests.processes import MARK, can_mount_proc, marked
 
 pytestmark = pytest.mark.ranks
 
@@ -134,12 +133,6 @@ class UnreadableError(Exception):
 def own_number(rank: int) -> tuple[int, int, bool]:
     listed = {int(name) for name in os.listdir("/proc") if name.isdecimal()}
     return os.getpid(), int(os.readlink("/proc/self")), os.getpid() in listed
-
-
-def can_mount_proc() -> bool:
-    """Whether a process may show a PID namespace of its own in /proc."""
-    command = ["unshare", "--map-root-user", "--pid", "--fork", "--mount-proc", "true"]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def test_proc_shows_a_rank_under_its_own_number() -> None:
