@@ -1,4 +1,4 @@
-"""Programs started by tests, found again by a mark that their descendants inherit; what they may do."""
+"""Programs started by tests, found again by a mark that their descendants inherit."""
 
 from __future__ import annotations
 
