@@ -161,10 +161,10 @@ def test_one_slow_node_is_named_and_every_uplink_is_within_five_percent():
 @pytest.mark.slow
 def test_two_levels_of_switches_and_their_uplinks_are_found():
     begun = time.monotonic()
-    topology, _ = run_ranks("[[2,2],[2]]:400mbit,100mbit", probed)[0]
+    topology, _ = run_ranks("[[2,2],[2]]:200mbit,50mbit", probed)[0]
     assert time.monotonic() - begun <= 60
-    truth = ClusterSpec.parse("[[2,2],[2]]:400mbit,100mbit").topology()
-    fast, slow = (rate / 8 * 1448 / 1514 for rate in (400e6, 100e6))
+    truth = ClusterSpec.parse("[[2,2],[2]]:200mbit,50mbit").topology()
+    fast, slow = (rate / 8 * 1448 / 1514 for rate in (200e6, 50e6))
     assert topology.nodes == truth.nodes
     assert (topology.level_PP == truth.level_PP).all()
     assert topology.uplink_bytes_per_s(0) == pytest.approx((fast, fast), rel=0.05)
