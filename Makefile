@@ -34,6 +34,7 @@ frameworks: $(VENV)/ready  # what the tests of adapters need beside .venv; about
 	$(BESIDE) $(VENV)/transformers4 -r tests/transformers4.txt
 	$(BESIDE) $(VENV)/transformers52 -r tests/transformers52.txt
 	$(BESIDE) $(VENV)/torchtitan -r tests/torchtitan.txt
+	$(BESIDE) $(VENV)/megatron19 -r tests/megatron19.txt --only-binary :all: --python-version 3.12 --ignore-requires-python
 
 lint: $(VENV)/ready
 	@$(INSTALL) -e .

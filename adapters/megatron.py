@@ -31,6 +31,17 @@ if TYPE_CHECKING:
     from tamoe.groups import Group
 
 _FUNCTION = "topk_routing_with_score_function"
+# Options under which Megatron's choices are not the best scores of a token as tamoe knows them.
+_REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    (
+        "moe_router_load_balancing_type",
+        ("sinkhorn", "quantile_balancing"),
+        "top-k routing, with or without losses",
+    ),
+    ("moe_router_score_function", ("sqrtsoftplus",), "'softmax' or 'sigmoid'"),
+    ("moe_router_fusion", (True,), "False"),
+    ("moe_enable_routing_replay", (True,), "False"),
+)
 
 
 def steer(
@@ -59,7 +70,8 @@ def steer(
     ------
     InputError
         Megatron-Core is absent or of another version, the model has no router of it, a router does
-        not fit the plan, or it routes by Sinkhorn or by fused kernels.
+        not fit the plan, or it routes by Sinkhorn, quantile balancing, square roots of softplus,
+        fused kernels or a replay.
     """
     version = require("megatron")
     steering = Steering(plan, how, rank, group, gain, weight)
@@ -81,10 +93,10 @@ def _check_router(router: Any, name: str) -> Any:
             f"router {name!r}: {module.__name__} has no {_FUNCTION}; this version of megatron-core "
             f"is not supported"
         )
-    if config.moe_router_load_balancing_type == "sinkhorn":
-        raise InputError(f"router {name!r} routes by 'sinkhorn'; allowed: top-k routing")
-    if config.moe_router_fusion:
-        raise InputError(f"router {name!r} has moe_router_fusion=True; allowed: False")
+    for option, refused, allowed in _REFUSED:
+        value = getattr(config, option, None)  # newer versions have more of them
+        if value in refused:
+            raise InputError(f"router {name!r} has {option}={value!r}; allowed: {allowed}")
     return module
 
 
@@ -118,11 +130,6 @@ def _choose(
 ) -> Any:
     """Megatron's probabilities and map, with choices that know the bias."""
     score = options.get("score_function", "softmax")
-    if score not in ("softmax", "sigmoid") or options.get("router_replay") is not None:
-        raise InputError(
-            f"router {layer.name!r} routes by score_function={score!r} and router_replay="
-            f"{options.get('router_replay')}; allowed: 'softmax' or 'sigmoid', and None"
-        )
     full = top_k == 1 if score == "sigmoid" else bool(options.get("use_pre_softmax"))
     limit = _limit(options, logits_TN.shape[1], top_k, logits_TN.device)
     if limit is not None and score == "softmax" and full:

@@ -16,7 +16,7 @@ FRAMEWORKS: dict[str, tuple[str, str, str]] = {
         "Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek-V2 and -V3, gpt-oss, and routers like them",
     ),
     "deepspeed": ("deepspeed", ">=0.16,<0.20", "TopKGate of deepspeed.moe.layer.MoE"),
-    "megatron": ("megatron-core", ">=0.12,<0.20", "TopKRouter"),
+    "megatron": ("megatron-core", ">=0.16,<0.20", "TopKRouter"),
     "torchtitan": ("torchtitan", ">=0.3,<0.4", "TokenChoiceTopKRouter"),
     "fastmoe": ("fastmoe", ">=1", "a gate class for FMoE(gate=...), by its contract"),
 }

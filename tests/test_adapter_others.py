@@ -159,6 +159,27 @@ def test_megatrons_router_reaches_the_target_and_is_itself_again(one_rank, optio
     assert "routing" not in router.__dict__
 
 
+@needs_megatron
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("moe_router_load_balancing_type", "sinkhorn"),
+        ("moe_router_load_balancing_type", "quantile_balancing"),
+        ("moe_router_score_function", "sqrtsoftplus"),
+        ("moe_router_fusion", True),
+        ("moe_enable_routing_replay", True),
+    ],
+)
+def test_megatrons_other_ways_to_choose_are_refused(one_rank, option, value):
+    from tamoe.adapters.megatron import steer
+
+    router = megatron_router(one_rank)
+    setattr(router.config, option, value)  # its own checks know more or less of them by version
+    with pytest.raises(InputError, match=f"has {option}={value!r}; allowed: "):
+        steer(router, near(), rank=0)
+    assert "routing" not in router.__dict__
+
+
 # ---- TorchTitan ---------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 PACKAGES = {
     "transformers": "transformers",
     "deepspeed": "deepspeed",
+    "megatron": "megatron",
     "torchtitan": "torchtitan",
     "fastmoe": None,  # by its contract
 }
@@ -26,11 +27,12 @@ def test_the_example_of_a_page_reaches_its_target(page: str, tmp_path: Path) -> 
     package, beside = PACKAGES[page], Path(sys.prefix) / page
     if package is not None and find_spec(package) is None and not beside.is_dir():
         pytest.skip(f"{package} is not installed")
+    path = [str(beside), *filter(None, [os.environ.get("PYTHONPATH")])]
     (code,) = re.findall(r"```python\n(.*?)```", (DOCS / f"{page}.md").read_text(), re.S)
     run = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(beside)},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)},
         capture_output=True,
         text=True,
         check=False,
