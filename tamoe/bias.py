@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 MIN_WINDOW_CHOICES = 16.0
 MAX_SHARE_STEP = 0.5  # a longer memory than two batches makes the loop overshoot
 SPREAD_STEP = 0.1
+# The spread moves slowly and its measurement is half the work, so later batches are left out.
+MEASURED_FIRST, MEASURE_EVERY = 16, 4
 MAX_LOG_RATIO = 3.0  # an expert without any choice is worth no more than one at 5 % of its target
 LEAST_SPREAD = 1e-6  # equal logits still need a bias that breaks their ties
 MAX_UNIT_BIAS = 30.0  # in spreads; beyond that selection is all or nothing
@@ -146,6 +148,7 @@ class TopologyBias(PlanModule):
         self.spread.fill_(1.0 if self.fixed else 0.0)
         self.steps.zero_()
         self.batch_spread.zero_()
+        self._updates, self._is_measured = 0, False
 
     def set_plan(self, plan: PlanRows) -> None:
         """Follow another Plan of the same ranks and experts from now on.
@@ -180,8 +183,8 @@ class TopologyBias(PlanModule):
     def forward(self, logits_TN: torch.Tensor, mask_T: torch.Tensor | None = None) -> torch.Tensor:
         """The bias to add to the logits for selection.
 
-        In training mode the spread of these logits is noted for the next :meth:`update`; in
-        evaluation mode nothing changes.
+        In training mode the spread of these logits is noted for the next :meth:`update`, that of
+        every fourth batch after the first 16; in evaluation mode nothing changes.
 
         Parameters
         ----------
@@ -201,9 +204,12 @@ class TopologyBias(PlanModule):
             )
         if self.fixed:
             return self.bias_N
-        batch = _spread(logits_TN, mask_T)
-        if self.training:
-            self.batch_spread.copy_(torch.where(batch > 0, batch, self.batch_spread))
+        batch = self.batch_spread
+        if self._measures(logits_TN):
+            batch = _spread(logits_TN, mask_T)
+            if self.training:
+                self.batch_spread.copy_(torch.where(batch > 0, batch, self.batch_spread))
+                self._is_measured = True
         return self.unit_bias_N * torch.where(self.spread > 0, self.spread, batch)
 
     @torch.no_grad()
@@ -224,30 +230,53 @@ class TopologyBias(PlanModule):
         if self.fixed:
             return
         counts_N = counts_N.to(self.moving_share_N)
-        total = counts_N.sum()
-        latest = torch.where(self.batch_spread > 0, self.batch_spread, self.spread)
-        seen = torch.where(self.spread > 0, self.spread, latest)
-        self.spread.copy_(torch.lerp(seen, latest, SPREAD_STEP))
+        if self._is_measured:
+            self._follow_spread()
+        if not torch.compiler.is_compiling():
+            self._updates += 1
+        unit_bias_N, total = self.unit_bias_N, counts_N.sum()
         # 0 without tokens, and less than its most where the rarest expert expects few choices.
-        step = (total * self._step_per_choice).clamp(max=MAX_SHARE_STEP)
+        step = (total * self._step_per_choice).clamp_(max=MAX_SHARE_STEP)
         self.moving_share_N.lerp_(counts_N / total.clamp_min(1), step)
-        self.unit_bias_N.add_(self._change_N((2 * step).clamp(max=1.0)))
-        self.unit_bias_N.sub_(self.unit_bias_N.mean()).clamp_(-MAX_UNIT_BIAS, MAX_UNIT_BIAS)
+        unit_bias_N.addcmul_(self._change_N(), step, value=1 / MAX_SHARE_STEP)
+        unit_bias_N.sub_(unit_bias_N.mean()).clamp_(-MAX_UNIT_BIAS, MAX_UNIT_BIAS)
         self.steps.add_(total > 0)
 
-    @property
-    def _step_per_choice(self) -> float:
-        return float(self.share_N.min()) / MIN_WINDOW_CHOICES
+    def _measures(self, logits_TN: torch.Tensor) -> bool:
+        # What is compiled, or captured in a graph, is the same for every batch.
+        if not self.training or torch.compiler.is_compiling():
+            return True
+        if logits_TN.is_cuda and torch.cuda.is_current_stream_capturing():
+            return True
+        return self._updates < MEASURED_FIRST or self._updates % MEASURE_EVERY == 0
+
+    def _follow_spread(self) -> None:
+        batch, spread = self.batch_spread, self.spread
+        latest = torch.where(batch > 0, batch, spread)  # 0: no batch to go by
+        seen = torch.where(spread > 0, spread, latest)
+        batches = 1 if self._updates < MEASURED_FIRST else MEASURE_EVERY
+        spread.copy_(torch.lerp(seen, latest, 1 - (1 - SPREAD_STEP) ** batches))
+        self._is_measured = False
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*args, **options)
+        # Training goes on as if it had never stopped.
+        self._updates = 0 if self.steps.is_meta else int(self.steps)
+        self._is_measured = False
 
     def extra_repr(self) -> str:
         """Rank, size and gain, for ``print(model)``."""
         how = "fixed=True" if self.fixed else f"gain={self.gain:g}"
         return f"{super().extra_repr()}, {how}"
 
-    def _change_N(self, trust: torch.Tensor) -> torch.Tensor:
-        """What a step adds, in spreads; ``trust`` is 1 for a batch large enough to judge."""
+    def _change_N(self) -> torch.Tensor:
+        """What a batch that is large enough to judge adds, in spreads."""
         ratio_N = self.target_share_N / self.moving_share_N.clamp_min(1e-9)
-        return self.gain * trust * ratio_N.log().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        return ratio_N.log_().clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO).mul_(self.gain)
+
+    def _adopt(self, plan: PlanRows) -> None:
+        super()._adopt(plan)
+        self._step_per_choice = float(self.share_N.min()) / MIN_WINDOW_CHOICES
 
     def _prior(self, plan: PlanRows) -> np.ndarray:
         if self.start == "prices":
@@ -314,8 +343,8 @@ class SignBias(TopologyBias):
         """Rank, size and speed, for ``print(model)``."""
         return f"{PlanModule.extra_repr(self)}, speed={self.speed:g}, decay={self.decay:g}"
 
-    def _change_N(self, trust: torch.Tensor) -> torch.Tensor:
-        speed = self.speed / (1.0 + self.decay * self.steps) * trust
+    def _change_N(self) -> torch.Tensor:
+        speed = self.speed / (1.0 + self.decay * self.steps)
         return speed * torch.sign(self.target_share_N - self.moving_share_N)
 
 
@@ -329,7 +358,7 @@ def _spread(logits_TN: torch.Tensor, mask_T: torch.Tensor | None) -> torch.Tenso
         centred_TN = centred_TN - centred_TN.mean(1, keepdim=True)
         centred_TN -= centred_TN.mean(0)
         spread = torch.linalg.vector_norm(centred_TN) / math.sqrt((tokens - 1) * (num_experts - 1))
-        return torch.where(spread.isfinite(), spread.clamp_min(LEAST_SPREAD), 0.0)
+        return spread.clamp_min_(LEAST_SPREAD).nan_to_num_(0.0, 0.0)
     keep_T1 = mask_T.unsqueeze(1).bool()
     centred_TN = torch.where(keep_T1, logits_TN.float(), 0.0)
     centred_TN = centred_TN - centred_TN.mean(1, keepdim=True)
@@ -337,4 +366,5 @@ def _spread(logits_TN: torch.Tensor, mask_T: torch.Tensor | None) -> torch.Tenso
     centred_TN = (centred_TN - centred_TN.sum(0) / kept) * keep_T1
     degrees = (kept - 1) * (num_experts - 1)
     spread = (centred_TN.square().sum() / degrees).sqrt()
-    return torch.where((degrees > 0) & spread.isfinite(), spread.clamp_min(LEAST_SPREAD), 0.0)
+    spread = spread.clamp_min_(LEAST_SPREAD).nan_to_num_(0.0, 0.0)
+    return torch.where(degrees > 0, spread, 0.0)

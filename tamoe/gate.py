@@ -277,7 +277,9 @@ class Gate(nn.Module, ABC):
 
     def _biased(self, score_TN: torch.Tensor, mask_T: torch.Tensor | None) -> torch.Tensor:
         bias = self._bias()
-        shift_N = 0.0 if bias is None else bias(score_TN, mask_T)
+        if bias is None:
+            return score_TN if self.expert_bias is None else score_TN + self.expert_bias.bias_N
+        shift_N = bias(score_TN, mask_T)
         if self.expert_bias is not None:
             shift_N = shift_N + self.expert_bias.bias_N
         return score_TN + shift_N

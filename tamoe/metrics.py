@@ -5,12 +5,14 @@ Shape suffixes: P ranks, N experts of a group.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
+from scipy.special import rel_entr
 
 from tamoe.groups import process_group
 from tamoe.loss_totals import expert_counts
@@ -79,19 +81,22 @@ def dispatch_metrics(
     """
     check_plan(plan)
     counts = _counts(counts_N, plan.num_experts)
-    total = max(float(counts.sum()), 1.0)
-    found = {"choices": float(counts.sum()), "drop_rate": dropped / total}
-    found |= _balance(counts)
-    found["target_divergence"] = _divergence(counts, plan.target_N(rank))
+    choices = float(counts.sum())
+    total = max(choices, 1.0)
+    found = {"choices": choices, "drop_rate": dropped / total, **_balance(counts)}
+    target_N = plan.target_N(rank)
+    # 0 where nothing was chosen; infinite where no choice should be.
+    share_N, wanted_N = counts / (choices or 1.0), target_N / target_N.sum()
+    found["target_divergence"] = float(rel_entr(share_N, wanted_N).sum())
     topology, find_level_N = getattr(plan, "topology", None), getattr(plan, "level_N", None)
     if topology is None or find_level_N is None:
         return found
-    level_N = find_level_N(rank)
-    shares = np.bincount(level_N + 1, counts, minlength=topology.num_levels + 1) / total
-    found["remote_share"] = float(shares[2:].sum())
-    found["level_self"] = float(shares[0])
-    found |= {f"level_{level}": float(share) for level, share in enumerate(shares[1:])}
-    found["sent_bytes"] = float(counts[level_N >= 0].sum()) * plan.workload.token_bytes  # type: ignore[attr-defined]
+    crossing = np.bincount(find_level_N(rank) + 1, counts, minlength=topology.num_levels + 1)
+    stay, *levels = crossing.tolist()
+    found["remote_share"] = sum(levels[1:]) / total
+    found["level_self"] = stay / total
+    found |= {f"level_{level}": number / total for level, number in enumerate(levels)}
+    found["sent_bytes"] = (choices - stay) * plan.workload.token_bytes  # type: ignore[attr-defined]
     return found
 
 
@@ -251,25 +256,15 @@ def save_heatmap(
 def _counts(counts_N: torch.Tensor | np.ndarray, num_experts: int) -> np.ndarray:
     array = counts_N.detach().cpu().numpy() if isinstance(counts_N, torch.Tensor) else counts_N
     array = np.asarray(array, dtype=float)
-    if array.shape != (num_experts,) or (array < 0).any():
+    if array.shape != (num_experts,) or array.min(initial=0) < 0:
         raise InputError(f"counts_N is {array.shape}; allowed: {num_experts} numbers >= 0")
     return array
 
 
 def _balance(counts: np.ndarray) -> dict[str, float]:
-    mean = float(counts.mean())
+    mean = float(counts.sum()) / counts.size
     if mean == 0:
         return {"load_cv": 0.0, "load_max_over_mean": 0.0}
-    return {
-        "load_cv": float(counts.std()) / mean,
-        "load_max_over_mean": float(counts.max()) / mean,
-    }
-
-
-def _divergence(counts: np.ndarray, target_N: np.ndarray) -> float:
-    if not counts.sum():
-        return 0.0
-    share, wanted = counts / counts.sum(), target_N / target_N.sum()
-    used = share > 0
-    with np.errstate(divide="ignore"):
-        return float((share[used] * np.log(share[used] / wanted[used])).sum())
+    off = counts - mean
+    deviation = math.sqrt(float(off.dot(off)) / counts.size)
+    return {"load_cv": deviation / mean, "load_max_over_mean": float(counts.max()) / mean}

@@ -115,7 +115,7 @@ class PlanModule(Float32State, ABC):
         self.rank = resolve_rank(plan, group, rank)
         self.num_ranks = plan.num_ranks
         self.num_experts = plan.num_experts
-        self.share_N = self._share(plan)
+        self._adopt(plan)
 
     @abstractmethod
     def set_plan(self, plan: PlanRows) -> None:

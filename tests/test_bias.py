@@ -11,6 +11,7 @@ import torch
 from scipy import integrate, optimize, stats
 from torch import nn
 
+import tamoe.bias
 from tamoe import TopologyBias, TopologyLoss
 from tamoe.functional import expert_counts
 from tamoe.topology.errors import InputError
@@ -172,6 +173,40 @@ def test_a_batch_without_tokens_changes_nothing():
     after = state_of(bias)
     for name in ("unit_bias_N", "moving_share_N", "steps"):
         torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-7)
+
+
+def test_an_empty_batch_before_the_update_leaves_the_spread_of_the_one_before():
+    bias = TopologyBias(two_nodes(), rank=0)
+    logits_TN = gaussian(1.0)(0)
+    bias(logits_TN)
+    bias(logits_TN[:0])
+    bias.update(torch.ones(8))
+    assert float(bias.spread) == pytest.approx(1.0, rel=0.1)
+
+
+def test_the_spread_is_measured_less_often_later_and_still_followed(monkeypatch):
+    measured = []
+    own = tamoe.bias._spread
+    monkeypatch.setattr("tamoe.bias._spread", lambda *a: measured.append(len(measured)) or own(*a))
+    bias = TopologyBias(two_nodes(), rank=0)
+    drive(bias, gaussian(1.0), 16 + 40)
+    assert len(measured) == 16 + 10
+    drive(bias, gaussian(4.0, seed=1), 80)
+    assert float(bias.spread) == pytest.approx(4.0, rel=0.02)
+    again = TopologyBias(two_nodes(), rank=0)
+    again.load_state_dict(bias.state_dict())
+    measured.clear()
+    drive(again, gaussian(4.0), 40)
+    assert len(measured) == 10
+
+
+def test_counts_of_any_kind_are_left_as_they_were():
+    for counts_N in (torch.ones(8), torch.ones(8, dtype=torch.int64), torch.arange(8.0)):
+        bias = TopologyBias(two_nodes(), rank=0)
+        bias(gaussian(1.0)(0))
+        before_N = counts_N.clone()
+        bias.update(counts_N)
+        assert torch.equal(counts_N, before_N)
 
 
 def test_first_batch_empty_or_of_one_token_is_no_trouble():

@@ -217,9 +217,13 @@ def test_every_strategy_has_a_name_and_a_plan_where_it_needs_one():
 
 def test_steering_keeps_no_copy_of_the_logits():
     config = TrainConfig(sequences=1, sequence_length=32)
-    found = steering_cost.run(2, config, lambda *_: None)
-    assert set(found["tensors_of_logits"].values()) == {0}
-    assert found["parts_share"] > 0
-    kept = steering_cost.Trained(config, steering_cost.even_plan(config), False)
+    found = steering_cost.alone(2, config, lambda *_: None)
+    assert found["tensors_of_logits"] == 0
+    assert all(seconds > 0 for seconds in found["parts_s"].values())
+    kept = steering_cost.Trained(config, steering_cost.even_plan(config))
+    bias = kept.gates[0].steer
+    for variant, steps in (("plain", 0), ("steered", 1), ("steered, metrics", 2)):
+        kept.step_s(variant)
+        assert int(bias.steps) == steps
     kept.gates[0].steer.register_buffer("logits_TN", torch.zeros(32, 32))
     assert steering_cost.tensors_of_logits(kept) == 1
