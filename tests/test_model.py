@@ -65,8 +65,9 @@ def test_no_token_sees_a_later_one() -> None:
         changed = tokens.clone()
         changed[:, cut + 1 :] = (changed[:, cut + 1 :] + 7) % 50
         before, after = (_hidden(model, t) for t in (tokens, changed))
-        assert torch.equal(before[:, : cut + 1], after[:, : cut + 1])
-        assert cut == 11 or not torch.equal(before[:, cut + 1 :], after[:, cut + 1 :])
+        # Some processors multiply a matrix of fewer rows, an expert's, in another order.
+        torch.testing.assert_close(before[:, : cut + 1], after[:, : cut + 1], rtol=0, atol=1e-5)
+        assert cut == 11 or not torch.allclose(before[:, cut + 1 :], after[:, cut + 1 :], atol=1e-2)
 
 
 def _hidden(model: GPT, tokens: torch.Tensor) -> torch.Tensor:
