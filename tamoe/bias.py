@@ -254,7 +254,8 @@ class TopologyBias(PlanModule):
         batch, spread = self.batch_spread, self.spread
         latest = torch.where(batch > 0, batch, spread)  # 0: no batch to go by
         seen = torch.where(spread > 0, spread, latest)
-        batches = 1 if self._updates < MEASURED_FIRST else MEASURE_EVERY
+        every = torch.compiler.is_compiling() or self._updates < MEASURED_FIRST
+        batches = 1 if every else MEASURE_EVERY
         spread.copy_(torch.lerp(seen, latest, 1 - (1 - SPREAD_STEP) ** batches))
         self._is_measured = False
 
