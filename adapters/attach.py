@@ -39,6 +39,12 @@ class Found:
     top_k: int
 
 
+def check_model(model: object) -> None:
+    """Raise :class:`InputError` where something is no module."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model is {type(model).__name__}; allowed: a torch.nn.Module")
+
+
 def routers_of_class(
     model: nn.Module, kind: str, framework: str, read: Callable[[Any], tuple[torch.Tensor, int]]
 ) -> list[Found]:
@@ -49,6 +55,7 @@ def routers_of_class(
     InputError
         There is none.
     """
+    check_model(model)
     named = [(name, m) for name, m in model.named_modules() if type(m).__name__ == kind]
     if not named:
         raise InputError(

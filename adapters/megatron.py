@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from tamoe.groups import Group
 
 _FUNCTION = "topk_routing_with_score_function"
+_SCORES = ("softmax", "sigmoid")
 # Options under which Megatron's choices are not the best scores of a token as tamoe knows them.
 _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     (
@@ -38,7 +39,6 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
         ("sinkhorn", "quantile_balancing"),
         "top-k routing, with or without losses",
     ),
-    ("moe_router_score_function", ("sqrtsoftplus",), "'softmax' or 'sigmoid'"),
     ("moe_router_fusion", (True,), "False"),
     ("moe_enable_routing_replay", (True,), "False"),
 )
@@ -93,6 +93,11 @@ def _check_router(router: Any, name: str) -> Any:
             f"router {name!r}: {module.__name__} has no {_FUNCTION}; this version of megatron-core "
             f"is not supported"
         )
+    if config.moe_router_score_function not in _SCORES:
+        raise InputError(
+            f"router {name!r} has moe_router_score_function={config.moe_router_score_function!r}; "
+            f"allowed: {' or '.join(map(repr, _SCORES))}"
+        )
     for option, refused, allowed in _REFUSED:
         value = getattr(config, option, None)  # newer versions have more of them
         if value in refused:
@@ -130,6 +135,11 @@ def _choose(
 ) -> Any:
     """Megatron's probabilities and map, with choices that know the bias."""
     score = options.get("score_function", "softmax")
+    if score not in _SCORES:  # the configuration was changed after steer
+        raise InputError(
+            f"router {layer.name!r} routes by score_function={score!r}; allowed: "
+            f"{' or '.join(map(repr, _SCORES))}"
+        )
     full = top_k == 1 if score == "sigmoid" else bool(options.get("use_pre_softmax"))
     limit = _limit(options, logits_TN.shape[1], top_k, logits_TN.device)
     if limit is not None and score == "softmax" and full:

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tamoe.adapters.attach import Found, Steering, attach_all
+from tamoe.adapters.attach import Found, Steering, attach_all, check_model
 from tamoe.adapters.handle import Handle
 from tamoe.adapters.rules import find_rule
 from tamoe.adapters.steered import Rule, Steered
@@ -114,6 +114,7 @@ def steer(
 
 def find_routers(model: nn.Module) -> list[Found]:
     """Routers of a model, or blocks that route by themselves."""
+    check_model(model)
     found = []
     for name, module in model.named_modules():
         kind, gate = type(module).__name__, getattr(module, "gate", None)

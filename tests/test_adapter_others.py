@@ -166,6 +166,7 @@ def test_megatrons_router_reaches_the_target_and_is_itself_again(one_rank, optio
         ("moe_router_load_balancing_type", "sinkhorn"),
         ("moe_router_load_balancing_type", "quantile_balancing"),
         ("moe_router_score_function", "sqrtsoftplus"),
+        ("moe_router_score_function", "another"),
         ("moe_router_fusion", True),
         ("moe_enable_routing_replay", True),
     ],
@@ -178,6 +179,24 @@ def test_megatrons_other_ways_to_choose_are_refused(one_rank, option, value):
     with pytest.raises(InputError, match=f"has {option}={value!r}; allowed: "):
         steer(router, near(), rank=0)
     assert "routing" not in router.__dict__
+
+
+@needs_megatron
+def test_numbers_that_megatrons_router_cannot_go_by_are_named(one_rank):
+    from tamoe.adapters.megatron import steer
+
+    router = megatron_router(one_rank).eval()
+    handle = steer(router, near(), rank=0)
+    logits = torch.randn(4, 1, 8)
+    logits[2, 0, 3] = float("nan")
+    with pytest.raises(InputError, match="logits of 1 of 4 tokens are NaN, the first is token 2"):
+        router.routing(logits)
+    router.score_function = "sqrtsoftplus"
+    with pytest.raises(InputError, match="score_function='sqrtsoftplus'; allowed: 'softmax' or"):
+        router.routing(torch.randn(4, 1, 8))
+    handle.detach()
+    with pytest.raises(InputError, match=r"model is NoneType; allowed: a torch.nn.Module"):
+        steer(None, near(), rank=0)
 
 
 # ---- TorchTitan ---------------------------------------------------------------------------------
