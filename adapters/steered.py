@@ -17,10 +17,10 @@ from torch import nn
 
 from tamoe.balance import balance_loss, group_balance_loss
 from tamoe.bias import TopologyBias
+from tamoe.gate_checks import check_finite
 from tamoe.logits import best_experts
 from tamoe.loss_totals import expert_counts
 from tamoe.steering_loss import SteeringLoss
-from tamoe.topology.errors import InputError
 
 if TYPE_CHECKING:
     from tamoe.groups import Group
@@ -146,9 +146,11 @@ class Steered(nn.Module):
         Raises
         ------
         InputError
-            On the CPU: a token's logits are NaN. A device is not asked, since that would wait.
+            On the CPU: a token has probabilities that are not finite. A device is not asked,
+            since that would wait.
         """
-        self._check_numbers(probs_TN, mask_T)
+        # Not the logits: a model may rule experts out by -inf.
+        check_finite(probs_TN, mask_T, f"router {self.name!r}")
         loss = None
         if self.weight:
             loss = self.weight * self.unweighted_loss(probs_TN, index_TK, mask_T)
@@ -159,21 +161,6 @@ class Steered(nn.Module):
         if self.training and self.enabled:
             self.counts_N.add_(counts_N)
         self.latest_loss = loss
-
-    def _check_numbers(self, probs_TN: torch.Tensor, mask_T: torch.Tensor | None) -> None:
-        if probs_TN.device.type != "cpu" or torch.compiler.is_compiling():
-            return
-        if not probs_TN.sum().isnan():
-            return
-        bad_T = probs_TN.isnan().any(1)
-        if mask_T is not None:
-            bad_T &= mask_T.bool()
-        if bad_T.any():
-            raise InputError(
-                f"router {self.name!r}: the logits of {int(bad_T.sum())} of {len(bad_T)} tokens "
-                f"are NaN, the first is token {int(bad_T.nonzero()[0])}; allowed: numbers. Lower "
-                f"the learning rate if training diverged"
-            )
 
     def update(self) -> None:
         """Move the bias by what was counted in training since the last time."""

@@ -68,7 +68,11 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise InputError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}")
 
 
-def check_finite(logits_TN: torch.Tensor, mask_T: torch.Tensor | None) -> None:
+def check_finite(
+    logits_TN: torch.Tensor,
+    mask_T: torch.Tensor | None,
+    where: str = "x_TD or the gate's weight",
+) -> None:
     """Raise :class:`InputError` where a token that counts has logits which are not finite."""
     if logits_TN.device.type != "cpu" or torch.compiler.is_compiling():
         return  # asking would wait for the device, or cut the graph
@@ -79,9 +83,9 @@ def check_finite(logits_TN: torch.Tensor, mask_T: torch.Tensor | None) -> None:
         bad_T &= mask_T.bool()
     if bad_T.any():
         raise InputError(
-            f"x_TD or the gate's weight: the logits of {int(bad_T.sum())} of {len(bad_T)} tokens "
-            f"are not finite, the first is token {int(bad_T.nonzero()[0])}; allowed: finite "
-            f"numbers. Mask padding, or lower the learning rate if training diverged"
+            f"{where}: the logits of {int(bad_T.sum())} of {len(bad_T)} tokens are not finite, the "
+            f"first is token {int(bad_T.nonzero()[0])}; allowed: finite numbers. Mask padding, or "
+            f"lower the learning rate if training diverged"
         )
 
 

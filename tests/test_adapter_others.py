@@ -189,7 +189,9 @@ def test_numbers_that_megatrons_router_cannot_go_by_are_named(one_rank):
     handle = steer(router, near(), rank=0)
     logits = torch.randn(4, 1, 8)
     logits[2, 0, 3] = float("nan")
-    with pytest.raises(InputError, match="logits of 1 of 4 tokens are NaN, the first is token 2"):
+    with pytest.raises(
+        InputError, match="logits of 1 of 4 tokens are not finite, the first is token 2"
+    ):
         router.routing(logits)
     router.score_function = "sqrtsoftplus"
     with pytest.raises(InputError, match="score_function='sqrtsoftplus'; allowed: 'softmax' or"):
