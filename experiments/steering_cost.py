@@ -27,7 +27,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import typer
@@ -55,8 +54,8 @@ SCHEMA, SCHEMA_VERSION = "tamoe.experiment.steering_cost", "2.0"
 RANKS = 8  # whose experts there are
 VARIANTS = ("plain", "steered", "steered, metrics")
 PARTS = ("bias", "update", "metrics")
-WARM_UP = 3  # turns that load code
-SETTLE = 16  # steps in which the bias is still on its way
+WARM_UP = 20  # turns that load code and end the controller's first steps
+SETTLE = 40  # steps in which the bias is still on its way
 DEMO_KL = 0.45  # of the demo's plan
 DEMO_STEPS = ("even", "steered")
 
@@ -93,7 +92,7 @@ class Watch:
         """The metrics of every layer."""
         began_s = self.clock()
         for counts_N in counts_LN:
-            dispatch_metrics(np.array(counts_N), plan, rank)
+            dispatch_metrics(counts_N, plan, rank)
         self.seconds["metrics"] += self.clock() - began_s
 
     def take(self) -> dict[str, float]:
@@ -239,7 +238,7 @@ def alone(steps: int, config: TrainConfig, progress: Callable[..., None]) -> dic
         return statistics.median(ratios), 0.93 * (high - low) / math.sqrt(len(ratios))
 
     full = {part: [one[part] for one in times[VARIANTS[-1]]] for part in PARTS}
-    parts_s = {part: statistics.median(values) for part, values in full.items()}
+    parts_s = {part: statistics.mean(values) for part, values in full.items()}
     return {
         "label": "measured",
         "step_s": {

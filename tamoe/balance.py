@@ -26,6 +26,7 @@ def topology_loss(
     expert_index_TK: torch.Tensor,
     penalty_N: torch.Tensor,
     mask_T: torch.Tensor | None = None,
+    counts_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The topology loss of one rank: ``N · Σ_e w_e · m_e · c_e / (k·S)``.
 
@@ -47,6 +48,8 @@ def topology_loss(
         ``[N]``, > 0, any scale: a row of ``Plan.penalty_N``.
     mask_T
         ``[T]``; tokens where it is 0 (padding) are left out. None keeps all.
+    counts_N
+        ``[N]``: :func:`expert_counts` of these choices, where they are counted already.
 
     Returns
     -------
@@ -70,8 +73,8 @@ def topology_loss(
     >>> topology_loss(probs_TN, index_TK, torch.tensor([1.0, 1.0, 5.0, 5.0])).item()
     1.0
     """
-    num_experts = check_shapes(probs_TN, expert_index_TK, penalty_N, mask_T)
-    mass_N, counts_N, tokens = totals(probs_TN, expert_index_TK, mask_T)
+    num_experts = check_shapes(probs_TN, expert_index_TK, penalty_N, mask_T, counts_N)
+    mass_N, counts_N, tokens = totals(probs_TN, expert_index_TK, mask_T, counts_N)
     weight_N = penalty_N.detach().to(mass_N.dtype)
     weight_N = weight_N / weight_N.mean()
     top_k = max(expert_index_TK.shape[1], 1)
@@ -80,7 +83,10 @@ def topology_loss(
 
 
 def balance_loss(
-    probs_TN: torch.Tensor, expert_index_TK: torch.Tensor, mask_T: torch.Tensor | None = None
+    probs_TN: torch.Tensor,
+    expert_index_TK: torch.Tensor,
+    mask_T: torch.Tensor | None = None,
+    counts_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The balance loss of GShard and Switch on one rank: :func:`topology_loss` without penalty.
 
@@ -93,7 +99,7 @@ def balance_loss(
     1.5
     """
     ones_N = torch.ones(probs_TN.shape[-1], device=probs_TN.device)
-    return topology_loss(probs_TN, expert_index_TK, ones_N, mask_T)
+    return topology_loss(probs_TN, expert_index_TK, ones_N, mask_T, counts_N)
 
 
 def group_balance_loss(
@@ -101,6 +107,7 @@ def group_balance_loss(
     expert_index_TK: torch.Tensor,
     group: Group = None,
     mask_T: torch.Tensor | None = None,
+    counts_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The balance loss on counts and probabilities averaged over all ranks of a group.
 
@@ -114,7 +121,7 @@ def group_balance_loss(
 
     Parameters
     ----------
-    probs_TN, expert_index_TK, mask_T
+    probs_TN, expert_index_TK, mask_T, counts_N
         As for :func:`topology_loss`.
     group
         ProcessGroup, 1-D DeviceMesh or None for the default group. Without torch.distributed this
@@ -130,8 +137,8 @@ def group_balance_loss(
     >>> group_balance_loss(torch.full((2, 2), 0.5), torch.tensor([[0], [1]])).item()
     1.0
     """
-    num_experts = check_shapes(probs_TN, expert_index_TK, None, mask_T)
-    mass_N, counts_N, tokens = totals(probs_TN, expert_index_TK, mask_T, least=0)
+    num_experts = check_shapes(probs_TN, expert_index_TK, None, mask_T, counts_N)
+    mass_N, counts_N, tokens = totals(probs_TN, expert_index_TK, mask_T, counts_N, least=0)
     total = group_sum(torch.cat([mass_N, counts_N, tokens.reshape(1)]), group)
     mass_N, counts_N, tokens = total.split([num_experts, num_experts, 1])
     tokens = tokens.detach().clamp_min(1)

@@ -107,6 +107,7 @@ class TopologyBias(PlanModule):
     steps: torch.Tensor
     target_share_N: torch.Tensor
     batch_spread: torch.Tensor
+    _updates: int
 
     def __init__(
         self,
@@ -136,7 +137,7 @@ class TopologyBias(PlanModule):
         buffer("spread")  # σ̂, 0 before the first update
         self.register_buffer("steps", torch.empty((), dtype=torch.int64, device=device))
         buffer("target_share_N", self.num_experts, persistent=False)
-        buffer("batch_spread", persistent=False)  # of the latest batch in training
+        buffer("batch_spread", persistent=False)  # since the update; 0: not measured
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -148,7 +149,7 @@ class TopologyBias(PlanModule):
         self.spread.fill_(1.0 if self.fixed else 0.0)
         self.steps.zero_()
         self.batch_spread.zero_()
-        self._updates, self._is_measured = 0, False
+        self._set_updates(0)
 
     def set_plan(self, plan: PlanRows) -> None:
         """Follow another Plan of the same ranks and experts from now on.
@@ -179,7 +180,6 @@ class TopologyBias(PlanModule):
         """The bias as it stands, ``[N]``; 0 before the first batch of training."""
         return self.unit_bias_N * self.spread
 
-    @torch.no_grad()
     def forward(self, logits_TN: torch.Tensor, mask_T: torch.Tensor | None = None) -> torch.Tensor:
         """The bias to add to the logits for selection.
 
@@ -204,15 +204,14 @@ class TopologyBias(PlanModule):
             )
         if self.fixed:
             return self.bias_N
-        batch = self.batch_spread
-        if self._measures(logits_TN):
-            batch = _spread(logits_TN, mask_T)
-            if self.training:
-                self.batch_spread.copy_(torch.where(batch > 0, batch, self.batch_spread))
-                self._is_measured = True
-        return self.unit_bias_N * torch.where(self.spread > 0, self.spread, batch)
+        spread = self.spread
+        if self.training and not self._measures():
+            return self.unit_bias_N * spread
+        batch = _spread(logits_TN.detach(), mask_T)
+        if self.training:
+            self.batch_spread.copy_(torch.where(batch > 0, batch, self.batch_spread))
+        return self.unit_bias_N * torch.where(spread > 0, spread, batch)
 
-    @torch.no_grad()
     def update(self, counts_N: torch.Tensor) -> None:
         """One step of the controller.
 
@@ -229,24 +228,43 @@ class TopologyBias(PlanModule):
             raise InputError(f"counts_N is {tuple(counts_N.shape)}; allowed: {self.num_experts}")
         if self.fixed:
             return
-        counts_N = counts_N.to(self.moving_share_N)
-        if self._is_measured:
+        if self._measures():
             self._follow_spread()
-        if not torch.compiler.is_compiling():
-            self._updates += 1
-        unit_bias_N, total = self.unit_bias_N, counts_N.sum()
-        # 0 without tokens, and less than its most where the rarest expert expects few choices.
-        step = (total * self._step_per_choice).clamp_(max=MAX_SHARE_STEP)
-        self.moving_share_N.lerp_(counts_N / total.clamp_min(1), step)
-        unit_bias_N.addcmul_(self._change_N(), step, value=1 / MAX_SHARE_STEP)
+        moving_share_N, unit_bias_N = self.moving_share_N, self.unit_bias_N
+        share_N, weight = self._share_and_weight(counts_N.detach().to(moving_share_N))
+        moving_share_N.lerp_(share_N, weight)
+        unit_bias_N.add_(self._change_N(moving_share_N, weight * (1 / MAX_SHARE_STEP)))
         unit_bias_N.sub_(unit_bias_N.mean()).clamp_(-MAX_UNIT_BIAS, MAX_UNIT_BIAS)
-        self.steps.add_(total > 0)
+        self.steps.add_(weight > 0)
+        if not torch.compiler.is_compiling():
+            self._set_updates(self._updates + 1)
 
-    def _measures(self, logits_TN: torch.Tensor) -> bool:
-        # What is compiled, or captured in a graph, is the same for every batch.
-        if not self.training or torch.compiler.is_compiling():
+    def _share_and_weight(
+        self, counts_N: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """Shares of the batch, and what a moving average of them takes of it.
+
+        That is 0 without tokens, and less than its most where the rarest expert expects few.
+        """
+        total = counts_N.sum()
+        if counts_N.is_cpu and not torch.compiler.is_compiling():
+            known = total.item()  # no wait, and numbers cost less than operations
+            return counts_N / max(known, 1.0), min(known * self._step_per_choice, MAX_SHARE_STEP)
+        weight = (total * self._step_per_choice).clamp_(max=MAX_SHARE_STEP)
+        return counts_N / total.clamp_min(1), weight
+
+    def _set_updates(self, updates: int) -> None:
+        # nn.Module looks among parameters and modules first, which takes as long as a log.
+        object.__setattr__(self, "_updates", updates)
+
+    def _is_graph(self) -> bool:
+        """Whether what runs now is compiled or captured, the same for all batches to come."""
+        if torch.compiler.is_compiling():
             return True
-        if logits_TN.is_cuda and torch.cuda.is_current_stream_capturing():
+        return self.spread.is_cuda and torch.cuda.is_current_stream_capturing()
+
+    def _measures(self) -> bool:
+        if self._is_graph():
             return True
         return self._updates < MEASURED_FIRST or self._updates % MEASURE_EVERY == 0
 
@@ -254,26 +272,25 @@ class TopologyBias(PlanModule):
         batch, spread = self.batch_spread, self.spread
         latest = torch.where(batch > 0, batch, spread)  # 0: no batch to go by
         seen = torch.where(spread > 0, spread, latest)
-        every = torch.compiler.is_compiling() or self._updates < MEASURED_FIRST
-        batches = 1 if every else MEASURE_EVERY
+        batches = 1 if self._is_graph() or self._updates < MEASURED_FIRST else MEASURE_EVERY
         spread.copy_(torch.lerp(seen, latest, 1 - (1 - SPREAD_STEP) ** batches))
-        self._is_measured = False
+        batch.zero_()
 
     def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
         super()._load_from_state_dict(*args, **options)
         # Training goes on as if it had never stopped.
-        self._updates = 0 if self.steps.is_meta else int(self.steps)
-        self._is_measured = False
+        self._set_updates(0 if self.steps.is_meta else int(self.steps))
+        self.batch_spread.zero_()
 
     def extra_repr(self) -> str:
         """Rank, size and gain, for ``print(model)``."""
         how = "fixed=True" if self.fixed else f"gain={self.gain:g}"
         return f"{super().extra_repr()}, {how}"
 
-    def _change_N(self) -> torch.Tensor:
-        """What a batch that is large enough to judge adds, in spreads."""
-        ratio_N = self.target_share_N / self.moving_share_N.clamp_min(1e-9)
-        return ratio_N.log_().clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO).mul_(self.gain)
+    def _change_N(self, moving_share_N: torch.Tensor, weight: torch.Tensor | float) -> torch.Tensor:
+        """What a batch adds, in spreads; its weight is 1 where it is large enough to judge."""
+        ratio_N = self.target_share_N / moving_share_N
+        return ratio_N.log_().clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO).mul_(self.gain * weight)
 
     def _adopt(self, plan: PlanRows) -> None:
         super()._adopt(plan)
@@ -344,9 +361,9 @@ class SignBias(TopologyBias):
         """Rank, size and speed, for ``print(model)``."""
         return f"{PlanModule.extra_repr(self)}, speed={self.speed:g}, decay={self.decay:g}"
 
-    def _change_N(self) -> torch.Tensor:
-        speed = self.speed / (1.0 + self.decay * self.steps)
-        return speed * torch.sign(self.target_share_N - self.moving_share_N)
+    def _change_N(self, moving_share_N: torch.Tensor, weight: torch.Tensor | float) -> torch.Tensor:
+        speed = self.speed * weight / (1.0 + self.decay * self.steps)
+        return speed * torch.sign(self.target_share_N - moving_share_N)
 
 
 def _spread(logits_TN: torch.Tensor, mask_T: torch.Tensor | None) -> torch.Tensor:

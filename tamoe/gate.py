@@ -229,8 +229,9 @@ class Gate(nn.Module, ABC):
         weight_TK = self._weigh(logits_TN, probs_TN, index_TK)
         if mask_T is not None:
             index_TK = index_TK.masked_fill(~mask_T.bool().unsqueeze(1), -1)
-        aux_loss = self._aux_loss(scored, probs_TN, index_TK, mask_T)
-        self._update(index_TK)
+        counts_N = self._counts_for_bias(index_TK)
+        aux_loss = self._aux_loss(scored, probs_TN, index_TK, mask_T, counts_N)
+        self._update(counts_N)
         index_TK = self._drop_at_random(index_TK, weight_TK.detach())
         index_TK = self._drop_over_capacity(index_TK, probs_TN.detach(), mask_T)
         return Routing(index_TK, self._keep_weight(weight_TK, index_TK), probs_TN, aux_loss)
@@ -284,11 +285,18 @@ class Gate(nn.Module, ABC):
             shift_N = shift_N + self.expert_bias.bias_N
         return score_TN + shift_N
 
-    def _update(self, index_TK: torch.Tensor) -> None:
-        bias = self._bias()
-        if not (self.training and self.auto_update) or (bias is None and self.expert_bias is None):
+    def _counts_for_bias(self, index_TK: torch.Tensor) -> torch.Tensor | None:
+        """Choices of each expert; None where no bias moves."""
+        if not (self.training and self.auto_update):
+            return None
+        if self._bias() is None and self.expert_bias is None:
+            return None
+        return expert_counts(index_TK, self.num_experts)
+
+    def _update(self, counts_N: torch.Tensor | None) -> None:
+        if counts_N is None:
             return
-        counts_N = expert_counts(index_TK, self.num_experts)
+        bias = self._bias()
         if bias is not None:
             bias.update(counts_N)
         if self.expert_bias is not None:
@@ -307,6 +315,7 @@ class Gate(nn.Module, ABC):
         probs_TN: torch.Tensor,
         index_TK: torch.Tensor,
         mask_T: torch.Tensor | None,
+        counts_N: torch.Tensor | None,
     ) -> torch.Tensor:
         loss = probs_TN.new_zeros(())
         if self.z_weight:
@@ -317,7 +326,8 @@ class Gate(nn.Module, ABC):
         if steer is not None:
             loss = loss + self.aux_weight * steer(probs_TN, index_TK, mask_T)
         if steer is None or not steer.keeps_balance:
-            loss = loss + self.aux_weight * self._balance_loss(scored, probs_TN, index_TK, mask_T)
+            balance = self._balance_loss(scored, probs_TN, index_TK, mask_T, counts_N)
+            loss = loss + self.aux_weight * balance
         return loss
 
     def _balance_loss(
@@ -326,9 +336,10 @@ class Gate(nn.Module, ABC):
         probs_TN: torch.Tensor,
         index_TK: torch.Tensor,
         mask_T: torch.Tensor | None,
+        counts_N: torch.Tensor | None,
     ) -> torch.Tensor:
         if self.balance_counts == "first":
-            index_TK = index_TK[:, :1]
+            index_TK, counts_N = index_TK[:, :1], None
         if self.balance_over == "sequence":
             assert self.sequence_length is not None
             if len(index_TK) % self.sequence_length:
@@ -339,8 +350,8 @@ class Gate(nn.Module, ABC):
             num_sequences = max(len(index_TK) // self.sequence_length, 1)
             return sequence_balance_loss(probs_TN, index_TK, num_sequences, mask_T)
         if self.balance_over == "group" and self.training:
-            return group_balance_loss(probs_TN, index_TK, self.group, mask_T)
-        return balance_loss(probs_TN, index_TK, mask_T)
+            return group_balance_loss(probs_TN, index_TK, self.group, mask_T, counts_N)
+        return balance_loss(probs_TN, index_TK, mask_T, counts_N)
 
     def _drop_at_random(self, index_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
         return index_TK

@@ -45,13 +45,15 @@ def totals(
     probs_TN: torch.Tensor,
     expert_index_TK: torch.Tensor,
     mask_T: torch.Tensor | None,
+    counts_N: torch.Tensor | None = None,
     least: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Summed probabilities, counts and number of tokens (not below ``least``), in one dtype."""
     probs_TN, keep_T = widened(probs_TN, mask_T)
     tokens = keep_T.sum().to(probs_TN.dtype)
-    counts_N = expert_counts(expert_index_TK, probs_TN.shape[1], mask_T).to(probs_TN.dtype)
-    return probs_TN.sum(0), counts_N, tokens.clamp_min(least)
+    if counts_N is None:
+        counts_N = expert_counts(expert_index_TK, probs_TN.shape[1], mask_T)
+    return probs_TN.sum(0), counts_N.to(probs_TN.dtype), tokens.clamp_min(least)
 
 
 def widened(
@@ -71,6 +73,7 @@ def check_shapes(
     expert_index_TK: torch.Tensor,
     penalty_N: torch.Tensor | None,
     mask_T: torch.Tensor | None,
+    counts_N: torch.Tensor | None = None,
 ) -> int:
     """Number of experts N, where the shapes fit together; :class:`InputError` where not."""
     if probs_TN.ndim != 2 or expert_index_TK.ndim != 2 or len(probs_TN) != len(expert_index_TK):
@@ -78,11 +81,12 @@ def check_shapes(
             f"probs_TN is {tuple(probs_TN.shape)} and expert_index_TK "
             f"{tuple(expert_index_TK.shape)}; allowed: (tokens, experts) and (tokens, choices)"
         )
-    if penalty_N is not None and penalty_N.shape != probs_TN.shape[1:]:
-        raise InputError(
-            f"penalty_N is {tuple(penalty_N.shape)} and probs_TN has {probs_TN.shape[1]} experts; "
-            f"allowed: one number an expert"
-        )
+    for name, row_N in (("penalty_N", penalty_N), ("counts_N", counts_N)):
+        if row_N is not None and row_N.shape != probs_TN.shape[1:]:
+            raise InputError(
+                f"{name} is {tuple(row_N.shape)} and probs_TN has {probs_TN.shape[1]} experts; "
+                f"allowed: one number an expert"
+            )
     if mask_T is not None and mask_T.shape != probs_TN.shape[:1]:
         raise InputError(
             f"mask_T is {tuple(mask_T.shape)} and probs_TN has {len(probs_TN)} tokens; "

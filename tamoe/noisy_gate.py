@@ -85,6 +85,7 @@ class NoisyGate(Gate):
         probs_TN: torch.Tensor,
         index_TK: torch.Tensor,
         mask_T: torch.Tensor | None,
+        counts_N: torch.Tensor | None,
     ) -> torch.Tensor:
         if mask_T is not None:
             keep_T = mask_T.bool()

@@ -12,7 +12,8 @@ from scipy import integrate, optimize, stats
 from torch import nn
 
 import tamoe.bias
-from tamoe import TopologyBias, TopologyLoss
+from tamoe import GShardGate, TopologyBias, TopologyLoss
+from tamoe.bias import SignBias
 from tamoe.functional import expert_counts
 from tamoe.topology.errors import InputError
 from tests.plan_rows import Rows, two_nodes
@@ -156,6 +157,22 @@ def test_many_experts_and_small_targets_are_reached():
     assert abs(share.numpy() / bias.share_N - 1).max() < 0.05
 
 
+@pytest.mark.parametrize("kind", [TopologyBias, SignBias])
+def test_a_compiled_gate_is_one_graph_and_its_bias_moves_as_without(kind):
+    gates = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        gates.append(GShardGate(16, 8, steer=kind(two_nodes(), rank=0)))
+    compiled = torch.compile(gates[1], fullgraph=True, backend="aot_eager")
+    batches = torch.randn(6, 256, 16, generator=torch.Generator().manual_seed(0))
+    for x_TD in (*batches[:5], batches[5, :0], batches[5]):
+        eager, other = gates[0](x_TD), compiled(x_TD)
+        assert torch.equal(eager.expert_index_TK, other.expert_index_TK)
+        torch.testing.assert_close(other.aux_loss, eager.aux_loss)
+    torch.testing.assert_close(state_of(gates[1].steer), state_of(gates[0].steer))
+    assert gates[1].steer.steps == 6
+
+
 # ---- numbers that are missing or bad ------------------------------------------------------------
 
 
@@ -182,6 +199,16 @@ def test_an_empty_batch_before_the_update_leaves_the_spread_of_the_one_before():
     bias(logits_TN[:0])
     bias.update(torch.ones(8))
     assert float(bias.spread) == pytest.approx(1.0, rel=0.1)
+
+
+def test_one_measurement_of_the_spread_counts_once():
+    bias = TopologyBias(two_nodes(), rank=0)
+    drive(bias, gaussian(1.0), 10)
+    bias(gaussian(4.0)(0))
+    bias.update(torch.full((8,), 256))
+    once = float(bias.spread)
+    bias.update(torch.full((8,), 256))  # nothing was measured for it
+    assert once > 1.2 and float(bias.spread) == once
 
 
 def test_the_spread_is_measured_less_often_later_and_still_followed(monkeypatch):

@@ -58,6 +58,9 @@ def test_loss_and_counts_equal_a_loop_over_tokens(batch):
     probs, index, penalty, mask = batch
     expected = brute_force_loss(probs, index.numpy(), penalty.tolist(), mask)
     assert topology_loss(probs, index, penalty, mask).item() == pytest.approx(expected, abs=1e-12)
+    counts = expert_counts(index, probs.shape[1], mask)
+    counted = topology_loss(probs, index, penalty, mask, counts)
+    assert torch.equal(counted, topology_loss(probs, index, penalty, mask))
     assert topology_loss(probs, index, 7 * penalty, mask).item() == pytest.approx(
         expected, abs=1e-12
     )
@@ -220,6 +223,13 @@ def test_shapes_that_do_not_fit_are_named(probs, index, penalty, mask, message):
     arguments = torch.ones(probs), torch.zeros(index, dtype=torch.int64), torch.ones(penalty)
     with pytest.raises(InputError, match=message):
         topology_loss(*arguments, None if mask is None else torch.ones(mask))
+
+
+def test_counts_of_another_size_are_named():
+    probs, index = torch.ones(4, 3), torch.zeros(4, 1, dtype=torch.int64)
+    for loss in (balance_loss, group_balance_loss):
+        with pytest.raises(InputError, match=r"counts_N is \(2,\) and probs_TN has 3 experts"):
+            loss(probs, index, counts_N=torch.ones(2))
 
 
 def test_unknown_conventions_and_sizes_below_one_are_named():

@@ -12,6 +12,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
+import tamoe.gate
+import tamoe.loss_totals
 from tamoe import GShardGate, NaiveGate, SwitchGate, TopologyBias, TopologyLoss
 from tamoe.capacity import TopologyCapacity
 from tamoe.functional import balance_loss, expert_counts, topology_loss
@@ -220,6 +222,24 @@ def test_balance_loss_beside_a_bias_uses_unbiased_probabilities_and_biased_count
     routing = gate(tokens(512))
     expected = balance_loss(routing.probs_TN, routing.expert_index_TK)
     assert routing.aux_loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    gate.balance_counts = "first"
+    routing = gate(tokens(512))
+    expected = balance_loss(routing.probs_TN, routing.expert_index_TK[:, :1])
+    assert routing.aux_loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_a_bias_and_the_balance_loss_beside_it_share_one_count(monkeypatch):
+    made = []
+    for module in (tamoe.gate, tamoe.loss_totals):
+        own = module.expert_counts
+        monkeypatch.setattr(module, "expert_counts", lambda *a, f=own: made.append(1) or f(*a))
+    gate = seeded(GShardGate, 16, 8, steer=TopologyBias(two_nodes(), rank=0))
+    for train, counts in ((True, 1), (False, 1)):
+        gate.train(train)(tokens(64))
+        assert len(made) == counts
+        made.clear()
+    seeded(NaiveGate, 16, 8)(tokens(64))
+    assert not made
 
 
 def test_shared_gate_with_a_topology_loss_warns_unless_there_is_nothing_to_steer():

@@ -19,7 +19,7 @@ from tamoe.metrics import (
 from tamoe.solver import Workload, solve
 from tamoe.topology import Topology
 from tamoe.topology.errors import InputError
-from tests.plan_rows import two_nodes
+from tests.plan_rows import Rows, two_nodes
 
 
 def plan_of(tree="[[2,2],[2]]", rates=(3e10, 1e10, 5e9), experts_per_rank=2):
@@ -52,9 +52,19 @@ def test_divergence_is_zero_at_the_target_alone(seed):
     share, target = counts / max(counts.sum(), 1), plan.target_N(2) / plan.target_N(2).sum()
     expected = sum(s * np.log(s / t) for s, t in zip(share, target, strict=True) if s)
     assert numbers["target_divergence"] == pytest.approx(expected, abs=1e-12)
-    assert numbers["target_divergence"] >= 0
+    assert numbers["target_divergence"] >= -1e-12
+    spread = counts.std() / max(counts.mean(), 1e-12)
+    assert numbers["load_cv"] == pytest.approx(spread, abs=1e-12)
+    assert dispatch_metrics(counts.tolist(), plan, 2) == numbers
+    assert dispatch_metrics(torch.from_numpy(counts), plan, 2) == numbers
     levels = sum(value for key, value in numbers.items() if key.startswith("level_"))
     assert levels == pytest.approx(1.0 if counts.sum() else 0.0)
+
+
+def test_a_choice_where_none_should_be_is_infinitely_far_from_the_target():
+    rows = Rows(np.array([[2.0, 0.0], [0.0, 2.0]]))
+    assert dispatch_metrics([3, 1], rows, 0)["target_divergence"] == np.inf
+    assert dispatch_metrics([4, 0], rows, 0)["target_divergence"] == 0
 
 
 def test_no_tokens_and_plans_without_nodes_give_numbers_too():
@@ -98,6 +108,10 @@ def test_wrong_shapes_say_what_is_allowed(tmp_path):
     plan = plan_of("2x2", (3e10, 1e10), 1)
     with pytest.raises(InputError, match=r"counts_N is \(3,\); allowed: 4 numbers >= 0"):
         dispatch_metrics(torch.ones(3), plan, 0)
+    with pytest.raises(InputError, match=r"counts_N is \(1, 4\); allowed: 4 numbers >= 0"):
+        dispatch_metrics(np.ones((1, 4)), plan, 0)
+    with pytest.raises(InputError, match=r"counts_N is \(4,\); allowed: 4 numbers >= 0"):
+        dispatch_metrics([1, 2, -1, 0], plan, 0)
     with pytest.raises(InputError, match=r"counts_PN is \(2, 4\); allowed: \(4, 4\)"):
         group_metrics(np.ones((2, 4)), plan)
     with pytest.raises(InputError, match=r"counts_PN is \(2, 4\); allowed: \(4, 4\)"):
