@@ -151,12 +151,12 @@ class Steered(nn.Module):
         """
         # Not the logits: a model may rule experts out by -inf.
         check_finite(probs_TN, mask_T, f"router {self.name!r}")
+        counts_N = expert_counts(index_TK, self.steer.num_experts, mask_T)
         loss = None
         if self.weight:
-            loss = self.weight * self.unweighted_loss(probs_TN, index_TK, mask_T)
+            loss = self.weight * self.unweighted_loss(probs_TN, index_TK, mask_T, counts_N)
         if in_backward():
             return  # counted before; the loss is made again, for what autograd saved of it
-        counts_N = expert_counts(index_TK, self.steer.num_experts, mask_T)
         self.seen_N.add_(counts_N)
         if self.training and self.enabled:
             self.counts_N.add_(counts_N)
@@ -169,17 +169,21 @@ class Steered(nn.Module):
             self.counts_N.zero_()
 
     def unweighted_loss(
-        self, probs_TN: torch.Tensor, index_TK: torch.Tensor, mask_T: torch.Tensor | None
+        self,
+        probs_TN: torch.Tensor,
+        index_TK: torch.Tensor,
+        mask_T: torch.Tensor | None,
+        counts_N: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The steering loss; beside a bias the group's balance loss, in evaluation the rank's."""
         if isinstance(self.steer, SteeringLoss):
             loss = self.steer(probs_TN, index_TK, mask_T)
             if self.steer.keeps_balance:
                 return loss
-            return loss + balance_loss(probs_TN, index_TK, mask_T)
+            return loss + balance_loss(probs_TN, index_TK, mask_T, counts_N)
         if not self.training:  # not every rank may be here
-            return balance_loss(probs_TN, index_TK, mask_T)
-        return group_balance_loss(probs_TN, index_TK, self.group, mask_T)
+            return balance_loss(probs_TN, index_TK, mask_T, counts_N)
+        return group_balance_loss(probs_TN, index_TK, self.group, mask_T, counts_N)
 
     def extra_repr(self) -> str:
         """Name and size, for ``print(handle)``."""

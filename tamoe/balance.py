@@ -49,7 +49,7 @@ def topology_loss(
     mask_T
         ``[T]``; tokens where it is 0 (padding) are left out. None keeps all.
     counts_N
-        ``[N]``: :func:`expert_counts` of these choices, where they are counted already.
+        ``[N]``: :func:`expert_counts` of these choices and mask, where they are counted already.
 
     Returns
     -------

@@ -25,6 +25,7 @@ SPREAD_STEP = 0.1
 # The spread moves slowly and its measurement is half the work, so later batches are left out.
 MEASURED_FIRST, MEASURE_EVERY = 16, 4
 MAX_LOG_RATIO = 3.0  # an expert without any choice is worth no more than one at 5 % of its target
+LEAST_SHARE = 1e-30
 LEAST_SPREAD = 1e-6  # equal logits still need a bias that breaks their ties
 MAX_UNIT_BIAS = 30.0  # in spreads; beyond that selection is all or nothing
 Start = Literal["target", "prices", "even"]
@@ -107,7 +108,7 @@ class TopologyBias(PlanModule):
     steps: torch.Tensor
     target_share_N: torch.Tensor
     batch_spread: torch.Tensor
-    _updates: int
+    _updates: int  # outside of graphs; steps leaves out those without tokens
 
     def __init__(
         self,
@@ -137,14 +138,14 @@ class TopologyBias(PlanModule):
         buffer("spread")  # σ̂, 0 before the first update
         self.register_buffer("steps", torch.empty((), dtype=torch.int64, device=device))
         buffer("target_share_N", self.num_experts, persistent=False)
-        buffer("batch_spread", persistent=False)  # since the update; 0: not measured
+        buffer("batch_spread", persistent=False)  # measured last; 0 once followed
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Forget what was measured: back to the log-prior."""
         prior_N = torch.from_numpy(self._prior_N)
         self.unit_bias_N.copy_(prior_N if self.fixed else prior_N * self._units_per_log())
-        self.target_share_N.copy_(torch.from_numpy(self.share_N))
+        self.target_share_N.copy_(self._target())
         self.moving_share_N.copy_(self.target_share_N)
         self.spread.fill_(1.0 if self.fixed else 0.0)
         self.steps.zero_()
@@ -169,7 +170,7 @@ class TopologyBias(PlanModule):
         change_N = torch.from_numpy((prior_N - self._prior_N) * units).to(self.unit_bias_N)
         self._prior_N = prior_N
         old_N = self.target_share_N.clone()
-        self.target_share_N.copy_(torch.from_numpy(self.share_N))
+        self.target_share_N.copy_(self._target())
         self.unit_bias_N.add_(change_N)
         # The measured shares follow, or the controller would take the same step a second time.
         self.moving_share_N.mul_(self.target_share_N / old_N)
@@ -183,8 +184,8 @@ class TopologyBias(PlanModule):
     def forward(self, logits_TN: torch.Tensor, mask_T: torch.Tensor | None = None) -> torch.Tensor:
         """The bias to add to the logits for selection.
 
-        In training mode the spread of these logits is noted for the next :meth:`update`, that of
-        every fourth batch after the first 16; in evaluation mode nothing changes.
+        In training mode the spread of these logits is noted for the next :meth:`update`, of which
+        every fourth is preceded by that after the first 16; in evaluation mode nothing changes.
 
         Parameters
         ----------
@@ -231,30 +232,28 @@ class TopologyBias(PlanModule):
         if self._measures():
             self._follow_spread()
         moving_share_N, unit_bias_N = self.moving_share_N, self.unit_bias_N
-        share_N, weight = self._share_and_weight(counts_N.detach().to(moving_share_N))
-        moving_share_N.lerp_(share_N, weight)
-        unit_bias_N.add_(self._change_N(moving_share_N, weight * (1 / MAX_SHARE_STEP)))
+        share_N, step = self._share_and_step(counts_N.detach().to(moving_share_N))
+        moving_share_N.lerp_(share_N, step)
+        unit_bias_N.add_(self._change_N(moving_share_N, step * (1 / MAX_SHARE_STEP)))
         unit_bias_N.sub_(unit_bias_N.mean()).clamp_(-MAX_UNIT_BIAS, MAX_UNIT_BIAS)
-        self.steps.add_(weight > 0)
+        self.steps.add_(step > 0)
         if not torch.compiler.is_compiling():
             self._set_updates(self._updates + 1)
 
-    def _share_and_weight(
-        self, counts_N: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | float]:
+    def _share_and_step(self, counts_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
         """Shares of the batch, and what a moving average of them takes of it.
 
         That is 0 without tokens, and less than its most where the rarest expert expects few.
         """
         total = counts_N.sum()
         if counts_N.is_cpu and not torch.compiler.is_compiling():
-            known = total.item()  # no wait, and numbers cost less than operations
+            known = total.item()  # no device to wait for, and a number costs less than a tensor
             return counts_N / max(known, 1.0), min(known * self._step_per_choice, MAX_SHARE_STEP)
-        weight = (total * self._step_per_choice).clamp_(max=MAX_SHARE_STEP)
-        return counts_N / total.clamp_min(1), weight
+        step = (total * self._step_per_choice).clamp_(max=MAX_SHARE_STEP)
+        return counts_N / total.clamp_min(1), step
 
     def _set_updates(self, updates: int) -> None:
-        # nn.Module looks among parameters and modules first, which takes as long as a log.
+        # By nn.Module's own __setattr__ this costs as much as an operation on a tensor.
         object.__setattr__(self, "_updates", updates)
 
     def _is_graph(self) -> bool:
@@ -291,6 +290,10 @@ class TopologyBias(PlanModule):
         """What a batch adds, in spreads; its weight is 1 where it is large enough to judge."""
         ratio_N = self.target_share_N / moving_share_N
         return ratio_N.log_().clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO).mul_(self.gain * weight)
+
+    def _target(self) -> torch.Tensor:
+        # A share that float32 has not would make the ratio to it 0/0.
+        return torch.from_numpy(np.maximum(self.share_N, LEAST_SHARE))
 
     def _adopt(self, plan: PlanRows) -> None:
         super()._adopt(plan)

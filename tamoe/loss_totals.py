@@ -53,7 +53,7 @@ def totals(
     tokens = keep_T.sum().to(probs_TN.dtype)
     if counts_N is None:
         counts_N = expert_counts(expert_index_TK, probs_TN.shape[1], mask_T)
-    return probs_TN.sum(0), counts_N.to(probs_TN.dtype), tokens.clamp_min(least)
+    return probs_TN.sum(0), counts_N.detach().to(probs_TN.dtype), tokens.clamp_min(least)
 
 
 def widened(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -254,10 +255,18 @@ def save_heatmap(
 
 
 def _counts(counts_N: torch.Tensor | np.ndarray | Sequence[float], num_experts: int) -> list[float]:
-    counts = counts_N.tolist() if hasattr(counts_N, "tolist") else list(counts_N)
-    shape = tuple(getattr(counts_N, "shape", (len(counts),)))
-    if shape != (num_experts,) or min(counts) < 0:
-        raise InputError(f"counts_N is {shape}; allowed: {num_experts} numbers >= 0")
+    values = counts_N.tolist() if hasattr(counts_N, "tolist") else counts_N
+    try:
+        counts = [float(value) for value in values]
+    except (TypeError, ValueError):  # a single number, rows of numbers, no numbers
+        counts = []
+    whole_row = len(counts) == num_experts and min(counts) >= 0 and math.isfinite(sum(counts))
+    if not whole_row:
+        shape = tuple(getattr(counts_N, "shape", ()))
+        raise InputError(
+            f"counts_N is {reprlib.repr(values)}{f' of shape {shape}' if shape else ''}; allowed: "
+            f"{num_experts} finite numbers >= 0"
+        )
     return counts
 
 
@@ -276,7 +285,7 @@ def _divergence(counts: list[float], target: list[float]) -> float:
         return 0.0
     pairs = zip(counts, target, strict=True)
     try:
-        logs = [count * math.log(count / aim) for count, aim in pairs if count]
+        terms = [count * math.log(count / aim) for count, aim in pairs if count]
     except ZeroDivisionError:
         return math.inf
-    return sum(logs) / total + math.log(sum(target) / total)
+    return max(0.0, sum(terms) / total + math.log(sum(target) / total))  # not -1e-16

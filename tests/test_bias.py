@@ -201,6 +201,27 @@ def test_an_empty_batch_before_the_update_leaves_the_spread_of_the_one_before():
     assert float(bias.spread) == pytest.approx(1.0, rel=0.1)
 
 
+def test_a_target_that_float32_has_not_leaves_the_bias_finite():
+    tiny = Rows(np.array([[100.0, 100.0, 100.0, 1e-47]] * 4))
+    bias = TopologyBias(tiny, rank=0)
+    for plan in (tiny, Rows(np.full((4, 4), 25.0)), tiny):
+        bias.set_plan(plan)
+        counts_N = drive(bias, gaussian(1.0, experts=4), 3)
+        assert np.isfinite(counts_N).all()
+        assert all(value.isfinite().all() for value in state_of(bias).values())
+
+
+def test_in_a_graph_every_batch_moves_the_spread_by_its_own_step(monkeypatch):
+    bias = TopologyBias(two_nodes(), rank=0)
+    drive(bias, gaussian(1.0), 40)
+    monkeypatch.setattr(bias, "_is_graph", lambda: True)
+    before = float(bias.spread)
+    drive(bias, gaussian(4.0), 1)
+    measured = float(gaussian(4.0)(0).std())
+    expected = before + tamoe.bias.SPREAD_STEP * (measured - before)
+    assert float(bias.spread) == pytest.approx(expected, rel=0.01)
+
+
 def test_one_measurement_of_the_spread_counts_once():
     bias = TopologyBias(two_nodes(), rank=0)
     drive(bias, gaussian(1.0), 10)

@@ -222,6 +222,10 @@ def test_balance_loss_beside_a_bias_uses_unbiased_probabilities_and_biased_count
     routing = gate(tokens(512))
     expected = balance_loss(routing.probs_TN, routing.expert_index_TK)
     assert routing.aux_loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    mask = torch.arange(512) % 3 > 0
+    routing = gate(tokens(512), mask)
+    expected = balance_loss(routing.probs_TN, routing.expert_index_TK, mask)
+    assert routing.aux_loss.item() == pytest.approx(expected.item(), rel=1e-6)
     gate.balance_counts = "first"
     routing = gate(tokens(512))
     expected = balance_loss(routing.probs_TN, routing.expert_index_TK[:, :1])
