@@ -28,6 +28,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from tamoe.experiments.command import run_command
 from tamoe.experiments.predict import choose_exchanges, with_credit_of
 from tamoe.experiments.results import Document, complete_setting
 from tamoe.experiments.strategies import Strategy, all_strategies
@@ -260,4 +261,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import typer
-
+from tamoe.experiments.command import run_command
 from tamoe.experiments.compare import SCHEMA, SCHEMA_VERSION
 from tamoe.topology.documents import read_document
 
@@ -107,4 +106,4 @@ def main(data: Path, figure: Path) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

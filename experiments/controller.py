@@ -38,6 +38,7 @@ import torch
 import typer
 
 from tamoe.bias import SignBias, TopologyBias
+from tamoe.experiments.command import run_command
 from tamoe.experiments.steering import node_share
 from tamoe.expert_bias import ExpertBias
 from tamoe.functional import expert_counts
@@ -245,4 +246,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import typer
 
+from tamoe.experiments.command import run_command
 from tamoe.experiments.controller import MEAN_STEPS, POINTS
 from tamoe.topology.documents import read_document
 
@@ -92,4 +92,4 @@ def main(data: Path, figure: Path) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

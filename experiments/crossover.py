@@ -33,6 +33,7 @@ from tamoe.experiments.calibrated import (
     choices_in_words,
     judge_choices,
 )
+from tamoe.experiments.command import run_command
 from tamoe.experiments.crossover_figure import save_figure
 from tamoe.progress import Count, progress_line
 from tamoe.solver import Workload
@@ -41,7 +42,7 @@ from tamoe.solver.constants import FILE_KEY, with_constants
 from tamoe.solver.exchange_cost import EXCHANGES
 from tamoe.solver.exchange_fit import Measured
 from tamoe.topology.documents import check_writable, write_document
-from tamoe.topology.errors import StoppedError, TamoeError
+from tamoe.topology.errors import StoppedError
 from tamoe.topology.graph import Topology
 from tamoe.topology.spec import ClusterSpec
 
@@ -65,7 +66,6 @@ class Grid:
 
 FULL = Grid()
 QUICK = Grid(FULL.clusters[:1], (16, 256), (1, 8), (16, 64, 256, 1024), (1, 8), 3)
-app = typer.Typer(add_completion=False)
 
 
 # ---- what is measured, and what the model says ------------------------------------------------
@@ -208,7 +208,6 @@ def choices(emulated: Sequence[Row], simulated: Sequence[Row]) -> dict[str, Any]
 # ---- the command ------------------------------------------------------------------------------
 
 
-@app.command()
 def main(
     output: Annotated[Path, typer.Option("-o", "--output")] = Path("crossover.json"),
     repetitions: Annotated[
@@ -243,11 +242,7 @@ def main(
             print_table(one)
     except KeyboardInterrupt:
         kept = f"{output} has what was measured" if clusters else "nothing was measured"
-        typer.echo(f"stopped; {kept}", err=True)
-        raise typer.Exit(StoppedError.exit_code) from None
-    except TamoeError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(error.exit_code) from None
+        raise StoppedError(f"stopped; {kept}") from None
     print(f"wrote {output} and {output.with_suffix('.png')}")
 
 
@@ -265,4 +260,4 @@ def print_table(one: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    app()
+    run_command(main)

@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import typer
-
+from tamoe.experiments.command import run_command
 from tamoe.experiments.results import Document, all_settings, load_results
 from tamoe.report_exchanges import KINDS, exchanges_verdict
 
@@ -69,4 +68,4 @@ def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -39,10 +39,11 @@ import typer
 
 from tamoe.bench import EXCHANGES, Setting, random_routing
 from tamoe.exchange import Exchange
+from tamoe.experiments.command import run_command
 from tamoe.node_memory import outbox_bytes
 from tamoe.progress import progress_line
 from tamoe.topology.documents import check_writable, write_document
-from tamoe.topology.errors import TamoeError, whole
+from tamoe.topology.errors import whole
 from tamoe.topology.graph import Topology
 from tamoe.topology.ranks import run_ranks
 from tamoe.topology.tree import parse_tree, tree_depth
@@ -259,25 +260,21 @@ def main(
     ] = Config.hidden_size,
 ) -> None:
     """Measure peak extra memory of every exchange; writes a JSON file and prints a table."""
-    try:
-        check_writable(out, "--out")
-        config = Config(
-            tuple(tree or Config.trees),
-            tuple(top_k or Config.top_k),
-            tokens,
-            experts_per_rank,
-            hidden_size,
-        )
-        peaks = run(config)
-        scores = [asdict(peak) | {"share": peak.share} for peak in peaks]
-        document = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, "label": "measured"}
-        write_document(out, document | {"config": asdict(config), "peaks": scores})
-    except TamoeError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(error.exit_code) from None
+    check_writable(out, "--out")
+    config = Config(
+        tuple(tree or Config.trees),
+        tuple(top_k or Config.top_k),
+        tokens,
+        experts_per_rank,
+        hidden_size,
+    )
+    peaks = run(config)
+    scores = [asdict(peak) | {"share": peak.share} for peak in peaks]
+    document = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, "label": "measured"}
+    write_document(out, document | {"config": asdict(config), "peaks": scores})
     print_peaks(peaks)
     print(f"written to {out}")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

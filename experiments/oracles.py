@@ -28,6 +28,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from tamoe.experiments.command import run_command
 from tamoe.experiments.deepspeed_oracles import top1_counts_and_loss, top1_without_drops, top2, topk
 from tamoe.experiments.family_oracles import TITAN_SCORES, family_router, titan
 from tamoe.experiments.oracle_inputs import (
@@ -52,7 +53,6 @@ from tamoe.topology.errors import InputError
 
 DISTRIBUTIONS = {"megatron": "megatron-core"}  # where the name is not the package's
 SCHEMA, SCHEMA_VERSION = "tamoe.experiment.oracles", "1.0"
-app = typer.Typer(add_completion=False)
 
 
 @dataclass(frozen=True)
@@ -277,7 +277,6 @@ def rows_of(inputs: int, only: str | None = None) -> list[dict[str, Any]]:
     return rows
 
 
-@app.command()
 def main(
     output: Annotated[Path, typer.Option("-o", "--output")] = Path("oracles.json"),
     inputs: Annotated[int, typer.Option(help="Random inputs for each comparison.")] = 1000,
@@ -310,4 +309,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app()
+    run_command(main)

@@ -32,8 +32,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tamoe.experiments.command import run_command
 from tamoe.topology.documents import check_writable, read_document, write_document
-from tamoe.topology.errors import InputError, StoppedError, TamoeError, whole
+from tamoe.topology.errors import InputError, StoppedError, whole
 from tamoe.topology.spec import ClusterSpec
 
 if TYPE_CHECKING:
@@ -233,14 +234,10 @@ def main(
     ] = None,
 ) -> None:
     """Compare exchanges on an emulated cluster; writes a JSON file and prints a table."""
-    try:
-        check_writable(out, "--out")
-        config = Config(cluster, tokens, top_k, experts_per_rank, hidden_size, repetitions)
-        document = run(config, without or ())
-        write_document(out, document)
-    except TamoeError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(error.exit_code) from None
+    check_writable(out, "--out")
+    config = Config(cluster, tokens, top_k, experts_per_rank, hidden_size, repetitions)
+    document = run(config, without or ())
+    write_document(out, document)
     for peer, why in document["skipped"].items():
         print(f"{peer} left out: {why}")
     print_scores(load_scores(out)[1], config.cluster)
@@ -248,4 +245,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -34,6 +34,7 @@ from tamoe.experiments.calibrated import (
     judge_choices,
     measure_cases,
 )
+from tamoe.experiments.command import run_command
 from tamoe.solver import Workload, solve
 from tamoe.solver.constants import with_constants
 from tamoe.solver.exchange_cost import EXCHANGES, WAYS, predict
@@ -59,7 +60,6 @@ CLUSTERS: dict[str, tuple[str, Groups | None]] = {
     "[[2,2],[2]]": ("[[2,2],[2]]:200mbit,50mbit", None),
     "one slow node": ("4x2:100mbit;node2=25mbit", None),
 }
-app = typer.Typer(add_completion=False)
 
 
 def target_case(topology: Topology, groups: Groups, link_s: float, top_k: int) -> Case:
@@ -159,7 +159,6 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 # ---- the command ------------------------------------------------------------------------------
 
 
-@app.command()
 def main(
     output: Annotated[Path, typer.Option("-o", "--output")] = Path("predicted.json"),
     repetitions: Annotated[int, typer.Option(help="Of each exchange, in turns.")] = 9,
@@ -253,4 +252,4 @@ def save_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    app()
+    run_command(main)

@@ -30,6 +30,7 @@ import torch
 from torch import nn
 
 from tamoe.exchange import Exchange
+from tamoe.experiments.command import one_message
 from tamoe.experiments.model import GPT, initialise
 from tamoe.experiments.predict import with_credit_of
 from tamoe.experiments.results import Document
@@ -358,4 +359,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_message():
+        main()

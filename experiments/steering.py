@@ -37,13 +37,13 @@ import torch
 import typer
 
 from tamoe.bias import TopologyBias
+from tamoe.experiments.command import run_command
 from tamoe.functional import balance_loss, expert_counts
 from tamoe.gates import Gate, NaiveGate
 from tamoe.loss import TopologyLoss
 from tamoe.solver import Plan, Workload, solve
 from tamoe.topology import Topology
 from tamoe.topology.documents import write_document
-from tamoe.topology.errors import TamoeError
 
 How = Literal["balance", "sum", "softmax", "bias"]
 
@@ -266,15 +266,11 @@ def main(
     from tamoe.experiments.steering_figure import draw
 
     torch.set_num_threads(1)
-    try:
-        results = run(QUICK if quick else Config(), report=lambda line: print(line, flush=True))
-        write_document(out / "steering.json", results)
-        draw(results, out / "steering.png")
-    except TamoeError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(error.exit_code) from None
+    results = run(QUICK if quick else Config(), report=lambda line: print(line, flush=True))
+    write_document(out / "steering.json", results)
+    draw(results, out / "steering.png")
     print(f"wrote {out / 'steering.json'} and {out / 'steering.png'}")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -36,6 +36,7 @@ from scipy.stats import trim_mean
 from tamoe.bench_kernels import machine
 from tamoe.bias import TopologyBias
 from tamoe.exchange import Exchange
+from tamoe.experiments.command import run_command
 from tamoe.experiments.model import GPT, initialise
 from tamoe.experiments.strategies import Strategy
 from tamoe.experiments.text import load_text, train_batch
@@ -294,4 +295,4 @@ def _in_words(found: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

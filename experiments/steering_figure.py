@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import typer
 
+from tamoe.experiments.command import run_command
 from tamoe.topology.documents import read_document
 
 # Okabe and Ito's colours: told apart by colour-blind readers too.
@@ -119,4 +119,4 @@ def main(data: Path, figure: Path) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -1,0 +1,32 @@
+"""Commands of the experiments: what is wrong in one line, without a traceback."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        ("steering_cost", ["--steps", "1"], "--steps is 1; allowed: a whole number >= 2"),
+        ("compare", ["--steps", "3"], "--steps is 3; allowed: a whole number >= 12"),
+        ("oracles", ["--only", "nothing"], "--only is 'nothing'; allowed: deepspeed"),
+        ("peers", ["--without", "nobody"], "nobody"),
+        ("memory", ["--tokens", "-1"], "tokens is -1; allowed"),
+        ("compare_figure", ["none.json", "none.png"], "none.json"),
+        ("controller", ["-o", "file"], "file/controller.json"),
+    ],
+)
+def test_wrong_input_is_one_message(module, arguments, message, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", [module, *arguments])
+    monkeypatch.delitem(sys.modules, f"tamoe.experiments.{module}", raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module(f"tamoe.experiments.{module}", run_name="__main__")
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert said.startswith("tamoe: ") and said.count("\n") == 1 and message in said
