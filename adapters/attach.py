@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tamoe.adapters.handle import Handle
-from tamoe.adapters.steered import Steered
+from tamoe.adapters.steered import Steered, check_top_k
 from tamoe.bias import TopologyBias
 from tamoe.capacity import checked_factor
 from tamoe.loss import TopologyLoss
@@ -180,6 +180,12 @@ def _mark(module: nn.Module) -> Undo:
     return lambda: module.__dict__.pop(_MARK, None)
 
 
+def _workload_of(num_experts: int, num_ranks: int) -> str:
+    if num_experts % num_ranks:
+        return f"Workload(placement=...), the rank of each of {num_experts} experts"
+    return f"Workload(experts_per_rank={num_experts // num_ranks})"
+
+
 def _check(plan: PlanRows, router: Found) -> None:
     name, num_experts = f"router {router.name!r}", len(router.weight_ND)
     if _MARK in router.module.__dict__:
@@ -189,11 +195,6 @@ def _check(plan: PlanRows, router: Found) -> None:
     if num_experts != plan.num_experts:
         raise InputError(
             f"plan has {plan.num_experts} experts and {name} {num_experts}; allowed: the same "
-            f"number. Solve with Workload(experts_per_rank={num_experts / plan.num_ranks:g})"
+            f"number. Solve with {_workload_of(num_experts, plan.num_ranks)}"
         )
-    workload = getattr(plan, "workload", None)
-    if workload is not None and workload.top_k != router.top_k:
-        raise InputError(
-            f"plan was solved for top_k={workload.top_k} and {name} takes {router.top_k}; allowed: "
-            f"the same. Solve with Workload(top_k={router.top_k})"
-        )
+    check_top_k(plan, name, router.top_k)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from tamoe.adapters.steered import Steered, in_backward
+from tamoe.adapters.steered import Steered, check_top_k, in_backward
 from tamoe.metrics import dispatch_metrics
 from tamoe.plan_module import PlanRows
 from tamoe.topology.errors import InputError
@@ -49,6 +49,8 @@ class Handle:
 
     def loss(self) -> torch.Tensor:
         """Mean over routers of the losses of the latest forward pass: add it to the model's loss.
+
+        Handed out once: 0 until the next forward pass.
 
         Returns
         -------
@@ -101,7 +103,9 @@ class Handle:
         return found
 
     def set_plan(self, plan: PlanRows) -> None:
-        """Follow another Plan of the same ranks and experts from now on."""
+        """Follow another Plan of the same ranks, experts and top_k from now on."""
+        for layer in self.layers:
+            check_top_k(plan, f"router {layer.name!r}", layer.top_k)
         for layer in self.layers:
             layer.steer.set_plan(plan)
         self.plan = plan

@@ -21,9 +21,11 @@ from tamoe.gate_checks import check_finite
 from tamoe.logits import best_experts
 from tamoe.loss_totals import expert_counts
 from tamoe.steering_loss import SteeringLoss
+from tamoe.topology.errors import InputError
 
 if TYPE_CHECKING:
     from tamoe.groups import Group
+    from tamoe.plan_module import PlanRows
 
 Score = Literal["softmax", "sigmoid"]
 Limit = Callable[[torch.Tensor], torch.Tensor]  # what is ranked, to which experts are allowed
@@ -188,6 +190,16 @@ class Steered(nn.Module):
     def extra_repr(self) -> str:
         """Name and size, for ``print(handle)``."""
         return f"{self.name!r}, top_k={self.top_k}, weight={self.weight:g}"
+
+
+def check_top_k(plan: PlanRows, name: str, top_k: int) -> None:
+    """Raise :class:`InputError` where a plan is for another number of choices than a router's."""
+    workload = getattr(plan, "workload", None)
+    if workload is not None and workload.top_k != top_k:
+        raise InputError(
+            f"plan was solved for top_k={workload.top_k} and {name} takes {top_k}; allowed: the "
+            f"same. Solve with Workload(top_k={top_k})"
+        )
 
 
 def in_backward() -> bool:

@@ -46,6 +46,7 @@ from tamoe.progress import progress_line
 from tamoe.solver import Plan, Workload, solve
 from tamoe.topology import Topology
 from tamoe.topology.documents import check_writable, write_document
+from tamoe.topology.errors import whole
 
 SCHEMA, SCHEMA_VERSION = "tamoe.experiment.controller", "1.0"
 How = Literal["none", "gain", "sign", "sign 0.001", "prices, fixed"]
@@ -236,8 +237,9 @@ def main(
     """Compare controllers on simulated ranks; writes controller.json and controller.png."""
     from tamoe.experiments.controller_figure import draw
 
+    whole("--processes", processes, 1)
     for path in (out / "controller.json", out / "controller.png"):
-        check_writable(path)
+        check_writable(path, "--out")
     results = run(QUICK if quick else Config(), processes, progress_line("controller"))
     write_document(out / "controller.json", results)
     draw(results, out / "controller.png")

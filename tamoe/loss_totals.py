@@ -18,7 +18,7 @@ def expert_counts(
     Parameters
     ----------
     expert_index_TK
-        ``[T, K]`` integers, 0 to ``num_experts`` - 1; -1 is not counted.
+        ``[T, K]`` integers, 0 to ``num_experts`` - 1; -1 is not counted. Checked on the CPU.
     num_experts
         N.
     mask_T
@@ -34,11 +34,24 @@ def expert_counts(
     >>> expert_counts(torch.tensor([[0, 1], [2, -1]]), 4)
     tensor([1, 1, 1, 0])
     """
+    if expert_index_TK.is_floating_point():
+        raise InputError(f"expert_index_TK is {expert_index_TK.dtype}; allowed: integers")
     if mask_T is not None:
         expert_index_TK = torch.where(mask_T.bool().unsqueeze(1), expert_index_TK, -1)
     flat = expert_index_TK.reshape(-1).long() + 1  # slot 0 takes the dropped choices
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=flat.device)
-    return counts.scatter_add(0, flat, torch.ones_like(flat))[1:]
+    if torch.compiler.is_compiling():
+        return counts.scatter_add(0, flat, torch.ones_like(flat))[1:]
+    try:
+        return counts.scatter_add(0, flat, torch.ones_like(flat))[1:]
+    except RuntimeError as error:
+        if "out of bounds" not in str(error):
+            raise
+        low, high = int(flat.min()) - 1, int(flat.max()) - 1
+        raise InputError(
+            f"expert_index_TK has numbers from {low} to {high}; allowed: 0 to {num_experts - 1}, "
+            f"and -1 for none"
+        ) from None
 
 
 def totals(

@@ -17,11 +17,11 @@ import torch
 from tamoe.groups import process_group
 from tamoe.loss_totals import expert_counts
 from tamoe.plan_module import PlanRows, check_plan
+from tamoe.routing import Routing
 from tamoe.topology.errors import InputError, whole
 
 if TYPE_CHECKING:
     from tamoe.groups import Group
-    from tamoe.routing import Routing
 
 
 class ScalarWriter(Protocol):
@@ -37,7 +37,7 @@ def dispatch_metrics(
     plan: PlanRows,
     rank: int,
     *,
-    dropped: int = 0,
+    dropped: float = 0,
 ) -> dict[str, float]:
     """Numbers of one rank's dispatch, against its row of a Plan.
 
@@ -83,7 +83,9 @@ def dispatch_metrics(
     check_plan(plan)
     # Plain numbers: for a row of some hundred experts they take less time than arrays.
     counts = _counts(counts_N, plan.num_experts)
-    choices = float(sum(counts))
+    choices, dropped = sum(counts), float(dropped)
+    if not 0 <= dropped <= choices:
+        raise InputError(f"dropped is {dropped:g}; allowed: 0 to {choices:g}, those counted")
     total = choices or 1.0
     found = {"choices": choices, "drop_rate": dropped / total, **_balance(counts)}
     found["target_divergence"] = _divergence(counts, plan.target_N(rank).tolist())
@@ -132,7 +134,19 @@ def routing_metrics(
     >>> routing_metrics(routing, plan, 0)["drop_rate"] >= 0.5
     True
     """
-    index_TK = routing.expert_index_TK
+    if not isinstance(routing, Routing):
+        raise InputError(
+            f"routing is a {type(routing).__name__}; allowed: a tamoe.Routing, as a gate returns "
+            f"it, and MoEOutput.routing"
+        )
+    check_plan(plan)
+    index_TK, num_experts = routing.expert_index_TK, routing.probs_TN.shape[1]
+    if num_experts != plan.num_experts:
+        raise InputError(
+            f"routing is over {num_experts} experts; allowed: those of the plan, {plan.num_experts}"
+        )
+    if mask_T is not None and mask_T.shape != index_TK.shape[:1]:
+        raise InputError(f"mask_T is {tuple(mask_T.shape)}; allowed: ({len(index_TK)},)")
     if mask_T is not None:
         index_TK = index_TK[mask_T.bool()]
     found = dispatch_metrics(expert_counts(index_TK, plan.num_experts), plan, rank)

@@ -221,6 +221,12 @@ def test_state_and_plan_go_on_where_they_were():
     before = handle.layers[0].bias.bias_N.clone()
     handle.set_plan(even())
     assert not torch.equal(handle.layers[0].bias.bias_N, before)
+    topology = Topology.from_tree("2x4", bandwidth_bytes_per_s=(4e10, 1e10))
+    other = solve(topology, Workload(tokens_per_rank=256, top_k=1), method="entropic", kl=0.3)
+    before = handle.layers[0].bias.bias_N.clone()
+    with pytest.raises(InputError, match=r"solved for top_k=1 and router .* takes 2; allowed"):
+        handle.set_plan(other)
+    assert torch.equal(handle.layers[0].bias.bias_N, before)
 
 
 def test_evaluation_moves_no_bias_and_updates_can_be_left_to_the_caller():

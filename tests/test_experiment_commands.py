@@ -17,7 +17,8 @@ import pytest
         ("peers", ["--without", "nobody"], "nobody"),
         ("memory", ["--tokens", "-1"], "tokens is -1; allowed"),
         ("compare_figure", ["none.json", "none.png"], "none.json"),
-        ("controller", ["-o", "file"], "file/controller.json"),
+        ("controller", ["-o", "file"], "--out is"),
+        ("controller", ["--processes", "0"], "--processes is 0; allowed: a whole number >= 1"),
     ],
 )
 def test_wrong_input_is_one_message(module, arguments, message, monkeypatch, tmp_path, capsys):

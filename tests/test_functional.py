@@ -226,6 +226,15 @@ def test_shapes_that_do_not_fit_are_named(probs, index, penalty, mask, message):
         topology_loss(*arguments, None if mask is None else torch.ones(mask))
 
 
+def test_experts_that_are_not_there_are_named():
+    for index, low, high in (([[0], [3]], 0, 3), ([[-2], [1]], -2, 1)):
+        message = f"expert_index_TK has numbers from {low} to {high}; allowed: 0 to 2, and -1"
+        with pytest.raises(InputError, match=message):
+            expert_counts(torch.tensor(index), 3)
+    with pytest.raises(InputError, match=r"expert_index_TK is torch.float32; allowed: integers"):
+        expert_counts(torch.rand(4, 2), 3)
+
+
 def test_counts_of_another_size_are_named():
     probs, index = torch.ones(4, 3), torch.zeros(4, 1, dtype=torch.int64)
     for loss in (balance_loss, group_balance_loss):

@@ -122,6 +122,17 @@ def test_wrong_shapes_say_what_is_allowed(tmp_path):
             dispatch_metrics(bad, plan, 0)
     with pytest.raises(InputError, match=r"of shape \(1, 4\)"):
         dispatch_metrics(np.ones((1, 4)), plan, 0)
+    for dropped in (-1, 5, np.nan):
+        with pytest.raises(InputError, match=r"dropped is .*; allowed: 0 to 4, those counted"):
+            dispatch_metrics([1, 1, 1, 1], plan, 0, dropped=dropped)
+    routing = SwitchGate(8, 6)(torch.ones(5, 8))
+    with pytest.raises(InputError, match=r"routing is over 6 experts; allowed: .* the plan, 4"):
+        routing_metrics(routing, plan, 0)
+    with pytest.raises(InputError, match=r"routing is a Tensor; allowed: a tamoe\.Routing"):
+        routing_metrics(routing.expert_index_TK, plan, 0)
+    routing = SwitchGate(8, 4)(torch.ones(5, 8))
+    with pytest.raises(InputError, match=r"mask_T is \(4,\); allowed: \(5,\)"):
+        routing_metrics(routing, plan, 0, torch.ones(4))
     with pytest.raises(InputError, match=r"counts_PN is \(2, 4\); allowed: \(4, 4\)"):
         group_metrics(np.ones((2, 4)), plan)
     with pytest.raises(InputError, match=r"counts_PN is \(2, 4\); allowed: \(4, 4\)"):
