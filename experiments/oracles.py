@@ -291,7 +291,8 @@ def main(
         raise InputError(f"--inputs is {inputs}; allowed: a whole number >= 1")
     installed = {comparison.package for comparison in available()}
     if only is not None and only not in installed:
-        raise InputError(f"--only is {only!r}, which is not installed; here: {sorted(installed)}")
+        here = ", ".join(sorted(installed))
+        raise InputError(f"--only is {only!r}, which is not installed; allowed here: {here}")
     kept = read_document(output, SCHEMA, SCHEMA_VERSION)["rows"] if output.exists() else []
     rows = rows_of(inputs, only)
     new = {(row["oracle"], row["version"]) for row in rows}

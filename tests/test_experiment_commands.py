@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from tamoe.topology.errors import InputError
+
 
 @pytest.mark.parametrize(
     ("module", "arguments", "message"),
@@ -31,3 +33,15 @@ def test_wrong_input_is_one_message(module, arguments, message, monkeypatch, tmp
     said = capsys.readouterr().err
     assert stopped.value.code == 2
     assert said.startswith("tamoe: ") and said.count("\n") == 1 and message in said
+
+
+def test_oracles_of_what_is_not_installed_leave_the_file_as_it_was(monkeypatch, tmp_path):
+    from tamoe.experiments import oracles
+
+    deepspeed = [one for one in oracles.COMPARISONS if one.package == "deepspeed"]
+    monkeypatch.setattr(oracles, "available", lambda: iter(deepspeed))
+    path = tmp_path / "oracles.json"
+    path.write_text("kept")
+    with pytest.raises(InputError, match=r"--only is 'torchtitan', .* allowed here: deepspeed"):
+        oracles.main(path, only="torchtitan")
+    assert path.read_text() == "kept"
