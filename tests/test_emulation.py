@@ -56,12 +56,36 @@ def queues(rank: int) -> dict[str, tuple[str, bool]]:
     found = {}
     with IPRoute() as ip:
         for link in ip.get_links():
-            kinds = [q.get_attr("TCA_KIND") for q in ip.get_qdiscs(index=link["index"])]
+            parts = ip.get_qdiscs(index=link["index"])
+            kinds = [
+                one.get_attr("TCA_KIND") for one in sorted(parts, key=lambda one: one["handle"])
+            ]
             found[link.get_attr("IFLA_IFNAME")] = (
-                kinds[0] if kinds else "",
+                " ".join(kinds),
                 bool(link["flags"] & 1),
             )
     return found
+
+
+def sends_more_to_higher_ranks(rank: int) -> tuple[int, dict[int, int]]:
+    """Largest packet of the interface, and bytes that left by each of its queues, by number."""
+    import torch
+    import torch.distributed as dist
+    from pyroute2 import IPRoute
+
+    dist.barrier()
+    if rank == 0:
+        for peer in range(1, dist.get_world_size()):
+            dist.send(torch.zeros(peer * 125_000), peer)
+    else:
+        dist.recv(torch.zeros(rank * 125_000), 0)
+    dist.barrier()
+    with IPRoute() as ip:
+        (index,) = ip.link_lookup(ifname="eth0")
+        (link,) = ip.get_links(index)
+        queues = {one["handle"] & 0xFFFF: one for one in ip.get_classes(index=index)}
+    sent = {number: one.get_attr("TCA_STATS")["bytes"] for number, one in queues.items()}
+    return link.get_attr("IFLA_GSO_MAX_SIZE"), sent
 
 
 def everybody_sends_to_rank_0(rank: int, num_floats: int) -> tuple[int, int]:
@@ -136,9 +160,19 @@ def test_ranks_have_namespaces_of_their_own_with_an_intra_rate() -> None:
 
 def test_loopback_is_up_and_never_shaped() -> None:
     for found in run_ranks("2x1:100mbit", queues):
-        assert found == {"lo": ("noqueue", True), "eth0": ("tbf", True)}
+        assert found == {"lo": ("noqueue", True), "eth0": ("tbf htb", True)}
     for found in run_ranks("2x1", queues):
         assert found == {"lo": ("noqueue", True), "eth0": ("noqueue", True)}
+
+
+@pytest.mark.parametrize("spec", ["3x1:100mbit", "1x3:100mbit;intra=200mbit"])
+def test_each_host_has_a_queue_of_its_own(spec: str) -> None:
+    (most_bytes, sent), *_ = run_ranks(spec, sends_more_to_higher_ranks)
+    assert most_bytes == 16_000
+    # Queues have the number of their host's address and one more; a host sends itself nothing.
+    assert sent[2] < 1e5
+    assert 0.5e6 < sent[3] < 0.7e6
+    assert 1.0e6 < sent[4] < 1.2e6
 
 
 NUMBERS = """

@@ -67,8 +67,8 @@ def build_error(error: Exception) -> EmulationError:
     if isinstance(error, OSError):
         return refusal(error)
     return EmulationError(
-        f"the emulated network could not be built ({error}); the kernel needs veth, bridge and "
-        f"sch_tbf (as root: modprobe -a veth bridge sch_tbf)"
+        f"the emulated network could not be built ({error}); the kernel needs veth, bridge, "
+        f"sch_tbf, sch_htb and cls_u32 (as root: modprobe -a veth bridge sch_tbf sch_htb cls_u32)"
     )
 
 

@@ -1,8 +1,9 @@
 """The network of an emulated cluster: namespaces, bridges, veth pairs and token buckets.
 
 Each node is a network namespace. All switches are bridges in one more, the fabric. A veth pair is
-a link; ``tbf`` on both of its ends gives each direction its rate. With ``intra=RATE`` every rank
-has a namespace too, and its node's namespace is a bridge between the ranks and the uplink::
+a link; ``tbf`` on both of its ends gives each direction its rate, and hosts take turns on it. With
+``intra=RATE`` every rank has a namespace too, and its node's namespace is a bridge between the
+ranks and the uplink::
 
     node 0                       fabric                        node 1
     eth0 tbf ─────────── tbf nic0 ─ switch0 ─ nic1 tbf ─────────── tbf eth0
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tamoe.topology import linux
+from tamoe.topology.sharing import BUCKET, Side, share_fairly
 from tamoe.topology.spec import BURST_BYTES, ClusterSpec
 
 # A bucket's queue: a shorter one drops packets, which cost up to half the throughput. Where many
@@ -156,11 +158,12 @@ class Network:
                 ip.link("add", kind="veth", ifname=above.interface, peer=peer, index=index)
         ends = [end for link in self.links for end in link]
         limit = queue_bytes(spec)
+        hosts = [address(index) for index in range(len(self.ranks) or len(self.nodes))]
         for namespace in (*self.ranks, *self.nodes, self.fabric):
             with _inside(namespace) as ip:
                 for end in ends:
                     if end.namespace == namespace:
-                        _set_up_end(ip, end, limit)
+                        _set_up_end(ip, end, limit, hosts)
         self.congestion_control = Path(_CONGESTION).read_text().strip()
         self.setup_s = time.perf_counter() - started
 
@@ -175,7 +178,8 @@ class Network:
             if end.bit_per_s is None:
                 continue
             with _inside(end.namespace) as ip:
-                (qdisc,) = ip.get_qdiscs(index=_index(ip, end.interface))
+                qdiscs = ip.get_qdiscs(index=_index(ip, end.interface))
+                qdisc = next(one for one in qdiscs if one["handle"] == BUCKET)
                 stats = qdisc.get_attr("TCA_STATS")
             found.append(LinkReport(end.source, end.target, stats["bytes"], stats["drop"]))
         return NetworkReport(tuple(found), self.congestion_control, self.setup_s)
@@ -266,13 +270,16 @@ def _add_bridge(ip: Any, name: str) -> None:
     ip.link("set", index=_index(ip, name), state="up")
 
 
-def _set_up_end(ip: Any, end: _End, limit: int) -> None:
+def _set_up_end(ip: Any, end: _End, limit: int, hosts: list[str]) -> None:
     index = _index(ip, end.interface)
     if end.bridge is not None:
         ip.link("set", index=index, master=_index(ip, end.bridge))
     if end.bit_per_s is not None:
         rate = end.bit_per_s // 8
-        ip.tc("add", "tbf", index=index, rate=rate, burst=BURST_BYTES, limit=limit)
+        bucket = {"rate": rate, "burst": BURST_BYTES, "limit": limit}
+        ip.tc("add", "tbf", index=index, handle=BUCKET, **bucket)
+        side: Side = "source" if end.address is None else "target"
+        share_fairly(ip, index, side, hosts, limit)
     if end.address is not None:
         ip.addr("add", index=index, address=end.address, prefixlen=_PREFIX_LENGTH)
     ip.link("set", index=index, state="up")
