@@ -2,7 +2,7 @@
 
 Both move the same bytes and give the same result. ``single`` starts everything at once.
 ``rounds`` pairs every node with one node to send to and one to receive from at a time, so that no
-uplink is shared by flows to many nodes: on gloo that keeps slow uplinks fuller.
+uplink is shared by flows to many nodes: links that serve first come first served stay fuller so.
 """
 
 from __future__ import annotations

@@ -220,6 +220,44 @@ def test_received_bytes_are_the_payload_and_no_packet_is_dropped(spec: str) -> N
     assert (("rank0", "nic0") in reported) == (cluster.intra_bit_per_s is not None)
 
 
+# Two hosts send to a third over queues of a packet each; prints what was dropped on the way there.
+SHORT_QUEUES = """
+import socket, threading
+from tamoe.topology import linux, network
+from tamoe.topology.namespaces import enter_cluster_namespaces
+from tamoe.topology.spec import ClusterSpec
+enter_cluster_namespaces()
+network.queue_bytes = lambda spec: 1448
+built = network.Network(ClusterSpec.parse("3x1:5mbit"))
+def send(node):
+    linux.setns(built.nodes[node], linux.CLONE_NEWNET)
+    with socket.create_connection((network.address(0), port)) as peer:
+        peer.sendall(bytes(1_000_000))
+before = linux.network_namespace()
+linux.setns(built.nodes[0], linux.CLONE_NEWNET)
+server = socket.create_server((network.address(0), 0))
+port = server.getsockname()[1]
+linux.setns(before, linux.CLONE_NEWNET)
+threads = [threading.Thread(target=send, args=(node,)) for node in (1, 2)]
+for thread in threads:
+    thread.start()
+for peer, _ in [server.accept(), server.accept()]:
+    while peer.recv(1 << 20):
+        pass
+report = built.report()
+(last,) = [link for link in report.links if link.target == "nic0"]
+print(last.dropped_packets, report.dropped_packets)
+"""
+
+
+def test_packets_that_find_a_full_queue_are_counted() -> None:
+    process, _ = start("-c", SHORT_QUEUES, env={"PYTHONPATH": path()})
+    out, err = process.communicate(timeout=60)
+    assert err == ""
+    dropped, on_all_links = map(int, out.split())
+    assert 0 < dropped <= on_all_links
+
+
 def test_incast_of_many_long_flows_drops_nothing() -> None:
     # Seven flows into one link: with the kernel's own windows they fill 4 MB and drop.
     done = run_ranks_with_report("8x1:200mbit", everybody_sends_to_rank_0, 1_000_000)
