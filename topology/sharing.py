@@ -3,7 +3,7 @@
 A network card gives each of its connections a turn, and a switch each of its inputs. With one queue
 for all, packets whose receiver is busy keep others waiting, and so do packets of 64 kB, which Linux
 hands to virtual links whole: all-to-alls of four nodes that were started at once used their links
-for .86 of the time, with what is done here .95 (emulated, 4x2 at 100 Mbit/s, 4 MB a link).
+for .86 of the time, with what is done here .94 (emulated, 4x2 at 100 Mbit/s, 4 MB a link).
 """
 
 from __future__ import annotations
