@@ -21,7 +21,8 @@ class Constants:
     Parameters
     ----------
     start_s
-        Seconds, >= 0, whatever the rows, for a group of all ranks; in proportion for smaller ones.
+        Seconds, >= 0, whatever the rows, for a group of all ranks; smaller ones take half of it
+        and, of the other half, a share in proportion to their ranks.
     message_s
         Seconds, >= 0, of a rank for each message that it sends or gets.
     work_s_per_byte

@@ -208,7 +208,8 @@ def predict(
         line = run_steps_together(topology, steps_P)
     busy = zip(topology.links, line.busy_L.tolist(), strict=True)
     largest = max((len(rows.ranks) for rows in groups), default=0)
-    start_s = constants.start_s * largest / topology.num_ranks  # a rank tells each other its counts
+    # Half of it is a rank's own planning, half grows with the ranks that it tells its counts to.
+    start_s = constants.start_s * (1 + largest / topology.num_ranks) / 2
     return Prediction(
         start_s + line.time_s,
         {(link.source, link.target): busy_s for link, busy_s in busy if busy_s > 0},
@@ -225,15 +226,18 @@ class _Work:
         self._num_groups = len(groups)
         self._at_once = min(constants.at_once or num_ranks, num_ranks)
 
-    def seconds(self, hop: int) -> float:
-        """For all rows of a hop; the slowest rank, or the cores that all ranks share."""
-        each = [0.0]
-        for rows in self._groups:
-            bytes_pp = rows.hops_pp[hop]
-            work_p = self._per_byte * (bytes_pp.sum(0) + bytes_pp.sum(1))
-            if len(rows.token_bytes_p):
-                work_p = work_p + self._per_token_byte * np.asarray(rows.token_bytes_p)
-            each += work_p.tolist()
+    def rows_s(self, hop: int) -> float:
+        """For all rows of a hop."""
+        sums_p = [rows.hops_pp[hop].sum(0) + rows.hops_pp[hop].sum(1) for rows in self._groups]
+        return self._per_byte * self._slowest(sums_p)
+
+    def tokens_s(self) -> float:
+        """For all tokens, whatever becomes of them."""
+        return self._per_token_byte * self._slowest([rows.token_bytes_p for rows in self._groups])
+
+    def _slowest(self, groups: Sequence[Sequence[float]]) -> float:
+        """The most that a rank has, or that the cores have which all ranks share."""
+        each = [0.0, *itertools.chain.from_iterable(groups)]
         return max(max(each), sum(each) / self._at_once)
 
     def messages_s(self, flows_P: Iterable[Flows]) -> float:
@@ -251,7 +255,7 @@ def _flat_steps(
 ) -> list[list[Step]]:
     """Pack, send, arrange."""
     bytes_pp = rows.hops_pp[0] if way == "dispatch" else rows.hops_pp[0].T
-    packing = Step(work_s=work.seconds(0) / 2)
+    packing = Step(work_s=(work.rows_s(0) + work.tokens_s()) / 2)
     if in_rounds:
         near = _between(local, bytes_pp, rows.ranks, lambda step: step == 0)
         moves = _rounds(local, bytes_pp, rows.ranks) or [[()] * len(near)]
@@ -271,8 +275,9 @@ def _relayed_steps(
     """Parts in turns between nodes; what one leaves to do inside nodes goes on beside the next."""
     parts = list(rows.parts)
     *between, inside_pp = rows.hops_pp
-    inside_s = work.seconds(len(rows.hops_pp) - 1)
+    inside_s = work.rows_s(len(rows.hops_pp) - 1)
     if way == "combine":
+        inside_s += work.tokens_s()  # for sums; a dispatch plans all its parts before the first
         parts.reverse()
         between, inside_pp = [hop_pp.T for hop_pp in reversed(between)], inside_pp.T
     order = turns(len(parts), len(between))
@@ -292,7 +297,7 @@ def _relayed_steps(
         work_s += work.messages_s(flows)
         if rows.told:  # positions go along with the rows that they are about, weights at first
             work_s += work.messages_s(flows)
-            if not steps_p[0]:
+            if len(steps_p[0]) == 1:
                 work_s += work.messages_s(weights)
         for place, steps in enumerate(steps_p):
             steps.append(Step((*flows[place], *near[place]), work_s))
@@ -304,6 +309,9 @@ def _relayed_steps(
     ]
     if way == "combine":
         add(nothing, 0)
+    else:
+        for steps in steps_p:
+            steps.append(Step(work_s=work.tokens_s()))
     arrived: int | None = None
     for turn, part in enumerate(order):
         hop = seen[part]

@@ -235,7 +235,7 @@ def test_fair_rates_leave_no_flow_that_could_have_more():
 def test_smaller_groups_start_in_less_time():
     topology = tree("4x1")
     constants = Constants(start_s=1.0)
-    for ranks, expected in ((everything(topology), 1.0), ((0, 2), 0.5)):
+    for ranks, expected in ((everything(topology), 1.0), ((0, 2), 0.75)):
         rows = Rows(ranks, [np.zeros((len(ranks), len(ranks)))])
         for groups in ([rows], [rows, rows]):
             found = predict(topology, "flat rounds", "dispatch", groups, constants)
@@ -276,6 +276,24 @@ def test_positions_and_weights_are_messages_of_a_dispatch():
         topology, "hierarchical", "combine", [dataclasses.replace(rows, told=False)], constants
     )
     assert back.time_s == pytest.approx(2, rel=1e-6)
+
+
+def test_a_hierarchical_dispatch_plans_its_tokens_before_the_first_hop():
+    topology = tree("2x1")
+    hop_pp = np.array([[0.0, 1e6], [0.0, 0.0]])
+    rows = Rows((0, 1), [hop_pp, np.zeros((2, 2))], [1e6, 0.0], told=True)
+    bare, planned = Constants(), Constants(work_s_per_token_byte=1e-6)
+    times = {
+        way: [predict(topology, "hierarchical", way, [rows], c).time_s for c in (bare, planned)]
+        for way in WAYS
+    }
+    for links_s, time_s in times.values():
+        assert time_s == pytest.approx(links_s + 1.0)
+    # A combine adds up one part's sums while those of the other are on the link.
+    parts = dataclasses.replace(rows, parts=(0.5, 0.5))
+    for way, hidden_s in (("dispatch", 0.0), ("combine", 0.5 * times["combine"][0])):
+        found = predict(topology, "hierarchical", way, [parts], planned)
+        assert found.time_s == pytest.approx(times[way][1] - hidden_s, rel=1e-3)
 
 
 @pytest.mark.parametrize("sockets", [0.5, 4])
