@@ -28,6 +28,10 @@ WAYS: tuple[Way, ...] = ("dispatch", "combine")
 MOST_RANKS = 32  # beyond, sharing of links is not simulated flow by flow, which takes seconds
 PART_BYTES = 2**18
 MOST_PARTS = 6
+# Slices of a flat exchange cost messages and waits, so they are of a size that hides them; with 8
+# of them, what is under way is a quarter of the rows sent.
+SLICE_BYTES = 2**23
+MOST_SLICES = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +50,8 @@ class Rows:
     told
         Whether ranks also tell each other where copies go, and weights.
     parts
-        Shares of the tokens that travel together, in the order of a dispatch.
+        Shares of the tokens that travel together, in the order of a dispatch; of a flat exchange,
+        of the rows.
     """
 
     ranks: tuple[int, ...]
@@ -82,6 +87,15 @@ def num_parts(rank_bytes: float) -> int:
     (1, 3, 6)
     """
     return int(min(max(rank_bytes // PART_BYTES, 1), MOST_PARTS))
+
+
+def slices_for(num_bytes: float) -> int:
+    """Slices of a flat exchange in which a rank sends at most so many bytes.
+
+    >>> slices_for(0), slices_for(2**24), slices_for(2**30)
+    (1, 2, 8)
+    """
+    return int(min(max(num_bytes // SLICE_BYTES, 1), MOST_SLICES))
 
 
 def part_shares(num_parts: int) -> list[float]:
@@ -141,7 +155,9 @@ def rows_of_group(
     [[0.0, 24.0], [0.0, 0.0]]
     """
     token_bytes_p = [tokens * row_bytes for tokens in tokens_p]
-    flat = Rows(ranks, [flat_rows(counts_pN, rank_of_N) * row_bytes], token_bytes_p)
+    flat_pp = flat_rows(counts_pN, rank_of_N) * row_bytes
+    slices = slices_for(flat_pp.sum(1).max(initial=0.0))
+    flat = Rows(ranks, [flat_pp], token_bytes_p, parts=[1 / slices] * slices)
     hops = hierarchical_rows(local, counts_pN, forward_pMM, rank_of_N)
     hops_pp = [hop_pp * row_bytes for hop_pp in hops]
     told_pp = told_bytes(local, counts_pN, forward_pMM, rank_of_N)
@@ -222,7 +238,7 @@ class _Work:
     def __init__(self, constants: Constants, groups: Sequence[Rows], num_ranks: int) -> None:
         self._groups, self._per_byte = groups, constants.work_s_per_byte
         self._per_token_byte = constants.work_s_per_token_byte
-        self._message_s, self._num_ranks = constants.message_s, num_ranks
+        self._message_s, self.num_ranks = constants.message_s, num_ranks
         self._num_groups = len(groups)
         self._at_once = min(constants.at_once or num_ranks, num_ranks)
 
@@ -242,7 +258,7 @@ class _Work:
 
     def messages_s(self, flows_P: Iterable[Flows]) -> float:
         """For the messages of one step of a group, at both ends; other groups have as many."""
-        count_P = [0] * self._num_ranks
+        count_P = [0] * self.num_ranks
         for source, target, _ in itertools.chain.from_iterable(flows_P):
             count_P[source] += 1
             count_P[target] += 1
@@ -253,9 +269,10 @@ class _Work:
 def _flat_steps(
     local: Topology, rows: Rows, way: Way, work: _Work, in_rounds: bool
 ) -> list[list[Step]]:
-    """Pack, send, arrange."""
-    bytes_pp = rows.hops_pp[0] if way == "dispatch" else rows.hops_pp[0].T
-    packing = Step(work_s=(work.rows_s(0) + work.tokens_s()) / 2)
+    """Slice by slice pack, send and arrange; a combine adds up once all slices are there."""
+    # Among many ranks few slices are told apart, since that takes seconds, too.
+    slices = min(len(rows.parts), max(MOST_RANKS // work.num_ranks, 1))
+    bytes_pp = (rows.hops_pp[0] if way == "dispatch" else rows.hops_pp[0].T) / slices
     if in_rounds:
         near = _between(local, bytes_pp, rows.ranks, lambda step: step == 0)
         moves = _rounds(local, bytes_pp, rows.ranks) or [[()] * len(near)]
@@ -263,10 +280,14 @@ def _flat_steps(
     else:
         moves = [_between(local, bytes_pp, rows.ranks, lambda step: True)]
     messages_s = [work.messages_s(flows_p) for flows_p in moves]
-    return [
-        [packing, *(Step(*step) for step in zip(flows, messages_s, strict=True)), packing]
-        for flows in zip(*moves, strict=True)
-    ]
+    half_s = (work.rows_s(0) + work.tokens_s()) / 2
+    packing, adding_up = Step(work_s=half_s / slices), Step(work_s=half_s)
+    after_slice, after_all = ([packing], []) if way == "dispatch" else ([], [adding_up])
+    steps_p = []
+    for flows in zip(*moves, strict=True):
+        sending = [Step(*step) for step in zip(flows, messages_s, strict=True)]
+        steps_p.append([packing, *sending, *after_slice] * slices + after_all)
+    return steps_p
 
 
 def _relayed_steps(

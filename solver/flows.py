@@ -105,7 +105,7 @@ def run_steps(
         active_F = (left_F > 0) & (step_P[source_F] >= step_F) & (step_P[target_F] >= step_F)
         capacity_L = np.where(credit_L > 0, FREE_BYTES_PER_S, bandwidth_L)
         rate_F = np.zeros(len(left_F))
-        later_F = step_F[active_F] - step_F[active_F].min(initial=last_P.max())
+        later_F = np.unique(step_F[active_F], return_inverse=True)[1]  # steps without flows apart
         rate_F[active_F] = fair_rates(
             incidence_FL[active_F],
             capacity_L,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from tamoe.agreement import Header, RefusedValues, exchange_counts, layout_code
-from tamoe.flat import FlatRoute, plan_flat, slices_for
+from tamoe.flat import FlatRoute, plan_flat
 from tamoe.groups import group_rank, group_size, process_group, works_by_gloo
 from tamoe.handle import Asked, Handle, deal_locally, input_problem, sort_keys
 from tamoe.hierarchical import RelayRoute, plan_relays
@@ -21,7 +21,7 @@ from tamoe.placement import Placement, contiguous, experts_problem, resolve_plac
 from tamoe.record import note_counts, timed
 from tamoe.schedules import Mover, Schedule
 from tamoe.shares import added, counts_of_parts, cut_tokens, make_shares, sort_choices
-from tamoe.solver.exchange_cost import MOST_PARTS, num_parts
+from tamoe.solver.exchange_cost import MOST_PARTS, num_parts, slices_for
 from tamoe.solver.relays import make_relays, sum_groups
 from tamoe.summation import count_sums
 from tamoe.topology.errors import InputError, whole

@@ -24,11 +24,6 @@ from tamoe.record import Phase
 from tamoe.schedules import Mover
 from tamoe.summation import SumPlan, add_up, plan_sum, reorder
 
-# Slices cost messages and waits, so they are of a size that hides them; with 8 of them, what is
-# under way is a quarter of the rows sent.
-SLICE_BYTES = 2**23
-MOST_SLICES = 8
-
 
 @dataclass(frozen=True, eq=False)
 class Slice:
@@ -131,7 +126,8 @@ def plan_flat(
     num_sums
         See :func:`~tamoe.summation.plan_sum`.
     num_slices
-        Slices that the rows travel in, >= 1, the same on all ranks; from :func:`slices_for`.
+        Slices that the rows travel in, >= 1, the same on all ranks; from
+        :func:`~tamoe.solver.exchange_cost.slices_for`.
     """
     send_splits, receive_splits = ([*map(sum, way)] for way in (sent_PE, received_PE))
     place_R = _places(received_PE, token_n.device)
@@ -150,15 +146,6 @@ def plan_flat(
         sum_plan=sum_plan,
         weight_n=weight_n,
     )
-
-
-def slices_for(num_bytes: int) -> int:
-    """Slices for a dispatch in which a rank sends at most so many bytes.
-
-    >>> slices_for(0), slices_for(2**24), slices_for(2**30)
-    (1, 2, 8)
-    """
-    return min(max(num_bytes // SLICE_BYTES, 1), MOST_SLICES)
 
 
 def _places(received_PE: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor | None:

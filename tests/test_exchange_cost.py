@@ -10,7 +10,15 @@ from hypothesis import example, given, settings, strategies as st
 from tamoe.solver import Workload, flows
 from tamoe.solver.choice import choose_exchange
 from tamoe.solver.constants import FILE_KEY, Constants, read_constants, with_constants
-from tamoe.solver.exchange_cost import EXCHANGES, WAYS, Rows, part_shares, predict, rows_of_group
+from tamoe.solver.exchange_cost import (
+    EXCHANGES,
+    MOST_SLICES,
+    WAYS,
+    Rows,
+    part_shares,
+    predict,
+    rows_of_group,
+)
 from tamoe.solver.flows import SOCKET_BYTES, Step, fair_rates, run_steps, run_steps_together
 from tamoe.topology import ClusterSpec, InputError, Topology
 
@@ -296,6 +304,36 @@ def test_a_hierarchical_dispatch_plans_its_tokens_before_the_first_hop():
         assert found.time_s == pytest.approx(times[way][1] - hidden_s, rel=1e-3)
 
 
+@pytest.mark.parametrize(("exchange", "way"), list(itertools.product(EXCHANGES[:2], WAYS)))
+def test_buckets_refill_while_slices_are_packed(exchange, way):
+    topology = ClusterSpec.parse("2x1:80mbit").topology()
+    link = topology.links[topology.route(0, 1)[1]]
+    whole = Rows((0, 1), [np.array([[0.0, 8e6], [0.0, 0.0]])])
+    time_s = {}
+    for slices in (1, 2, 4):
+        rows = dataclasses.replace(whole, parts=(1 / slices,) * slices)
+        # Packing a slice takes 20 ms or more, in which a bucket gets a burst's bytes again.
+        for work_s_per_byte in (0.0, 2e-8):
+            given = Constants(work_s_per_byte=work_s_per_byte)
+            time_s[slices, work_s_per_byte] = predict(topology, exchange, way, [rows], given).time_s
+    burst_s = link.burst_bytes / link.bandwidth_bytes_per_s
+    assert time_s[1, 0.0] == pytest.approx(8e6 / link.bandwidth_bytes_per_s - burst_s, rel=1e-3)
+    for slices in (1, 2, 4):
+        assert time_s[slices, 0.0] == pytest.approx(time_s[1, 0.0], rel=1e-3)
+        expected_s = time_s[1, 0.0] + 2 * 0.08 - (slices - 1) * burst_s
+        assert time_s[slices, 2e-8] == pytest.approx(expected_s, rel=1e-3)
+
+
+def test_flat_rows_travel_in_the_slices_of_the_exchange():
+    topology = tree("2x1")
+    for tokens, slices in ((8, 1), (2048, 1), (4096, 2), (6144, 3), (10**6, MOST_SLICES)):
+        counts_pN = np.array([[tokens // 2, tokens // 2], [0, 0]])
+        nodes_pMM = np.zeros((2, 2, 2))
+        rows = rows_of_group(topology, (0, 1), counts_pN, nodes_pMM, (0, 1), 4096, [tokens, 0])
+        for exchange, way in itertools.product(EXCHANGES[:2], WAYS):
+            assert rows[exchange, way].parts == [1 / slices] * slices
+
+
 @pytest.mark.parametrize("sockets", [0.5, 4])
 def test_a_sender_goes_on_once_the_rest_is_in_the_socket(sockets):
     topology = ClusterSpec.parse("3x1:4gbit;node1=8mbit").topology()
@@ -306,6 +344,17 @@ def test_a_sender_goes_on_once_the_rest_is_in_the_socket(sockets):
     line = run_steps(topology, [[to_slow, to_fast], [to_slow], [Step(), to_fast, Step(work_s=10)]])
     # Rank 2 works for 10 s once it has its rows.
     assert line.time_s == pytest.approx(10 + left / slow.bandwidth_bytes_per_s, abs=0.05)
+
+
+def test_steps_without_flows_hold_up_nothing():
+    topology = ClusterSpec.parse("3x1:80mbit;node2=8mbit").topology()
+    first, second = Step(((0, 1, 9e5),)), Step(((0, 2, 9e5),))
+    near, far = (
+        run_steps(topology, [[first, *[Step()] * gap, second], [first], [Step()] * (gap + 2)])
+        for gap in (0, 4)
+    )
+    # The second flow has a slow link to itself, and a share of the first one's that it can fill.
+    assert near.time_s == pytest.approx(far.time_s)
 
 
 def test_constants_travel_with_the_topologys_file(tmp_path):
