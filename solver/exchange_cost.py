@@ -26,6 +26,7 @@ Way = Literal["dispatch", "combine"]
 EXCHANGES: tuple[Exchange, ...] = ("flat single", "flat rounds", "hierarchical")
 WAYS: tuple[Way, ...] = ("dispatch", "combine")
 MOST_RANKS = 32  # beyond, sharing of links is not simulated flow by flow, which takes seconds
+MOST_RANK_SLICES = 64  # ranks times slices that are told apart, for the same reason
 PART_BYTES = 2**18
 MOST_PARTS = 6
 # Slices of a flat exchange cost messages and waits, so they are of a size that hides them; with 8
@@ -156,7 +157,7 @@ def rows_of_group(
     """
     token_bytes_p = [tokens * row_bytes for tokens in tokens_p]
     flat_pp = flat_rows(counts_pN, rank_of_N) * row_bytes
-    slices = slices_for(flat_pp.sum(1).max(initial=0.0))
+    slices = slices_for(flat_pp.sum(1).max(initial=0.0))  # with drops a few more than these
     flat = Rows(ranks, [flat_pp], token_bytes_p, parts=[1 / slices] * slices)
     hops = hierarchical_rows(local, counts_pN, forward_pMM, rank_of_N)
     hops_pp = [hop_pp * row_bytes for hop_pp in hops]
@@ -270,8 +271,7 @@ def _flat_steps(
     local: Topology, rows: Rows, way: Way, work: _Work, in_rounds: bool
 ) -> list[list[Step]]:
     """Slice by slice pack, send and arrange; a combine adds up once all slices are there."""
-    # Among many ranks few slices are told apart, since that takes seconds, too.
-    slices = min(len(rows.parts), max(MOST_RANKS // work.num_ranks, 1))
+    slices = min(len(rows.parts), max(MOST_RANK_SLICES // work.num_ranks, 1))
     bytes_pp = (rows.hops_pp[0] if way == "dispatch" else rows.hops_pp[0].T) / slices
     if in_rounds:
         near = _between(local, bytes_pp, rows.ranks, lambda step: step == 0)
@@ -279,7 +279,7 @@ def _flat_steps(
         moves[-1] = [(*far, *inside) for far, inside in zip(moves[-1], near, strict=True)]
     else:
         moves = [_between(local, bytes_pp, rows.ranks, lambda step: True)]
-    messages_s = [work.messages_s(flows_p) for flows_p in moves]
+    messages_s = [work.messages_s(flows_p) * len(rows.parts) / slices for flows_p in moves]
     half_s = (work.rows_s(0) + work.tokens_s()) / 2
     packing, adding_up = Step(work_s=half_s / slices), Step(work_s=half_s)
     after_slice, after_all = ([packing], []) if way == "dispatch" else ([], [adding_up])
@@ -318,7 +318,7 @@ def _relayed_steps(
         work_s += work.messages_s(flows)
         if rows.told:  # positions go along with the rows that they are about, weights at first
             work_s += work.messages_s(flows)
-            if len(steps_p[0]) == 1:
+            if way == "dispatch" and len(steps_p[0]) == 1:  # right behind the plan
                 work_s += work.messages_s(weights)
         for place, steps in enumerate(steps_p):
             steps.append(Step((*flows[place], *near[place]), work_s))

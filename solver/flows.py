@@ -3,10 +3,11 @@
 Every rank goes through steps. A step holds the flows that it sends or receives then, and work that
 goes on beside them; the next step begins when all has arrived and the work is done, and when of
 each flow that it sends the rest fits in a socket. A flow runs once both of its ends have come to
-its step. Flows of earlier steps take more of a link than those of later ones, those of the first
-rank of a node more than those of the next, and flows that two of the busiest links mix with others
-lose some of their rate. A link with a token bucket lets a burst
-through before it holds back; the bucket fills again while the link is less than full.
+its step. Flows of earlier steps take more of a link than those of later ones (only steps count that
+have a flow under way somewhere), those of the first rank of a node more than those of the next, and
+flows that two of the busiest links mix with others lose some of their rate. A link with a token
+bucket lets a burst through before it holds back; the bucket fills again while the link is less than
+full.
 
 Shape suffixes: F flows, L links, P ranks.
 """
@@ -105,7 +106,7 @@ def run_steps(
         active_F = (left_F > 0) & (step_P[source_F] >= step_F) & (step_P[target_F] >= step_F)
         capacity_L = np.where(credit_L > 0, FREE_BYTES_PER_S, bandwidth_L)
         rate_F = np.zeros(len(left_F))
-        later_F = np.unique(step_F[active_F], return_inverse=True)[1]  # steps without flows apart
+        later_F = np.unique(step_F[active_F], return_inverse=True)[1]  # steps with flows before
         rate_F[active_F] = fair_rates(
             incidence_FL[active_F],
             capacity_L,

@@ -293,13 +293,13 @@ def test_a_hierarchical_dispatch_plans_its_tokens_before_the_first_hop():
     bare, planned = Constants(), Constants(work_s_per_token_byte=1e-6)
     times = {
         way: [predict(topology, "hierarchical", way, [rows], c).time_s for c in (bare, planned)]
-        for way in WAYS
+        for way, rows in (("dispatch", rows), ("combine", dataclasses.replace(rows, told=False)))
     }
     for links_s, time_s in times.values():
         assert time_s == pytest.approx(links_s + 1.0)
     # A combine adds up one part's sums while those of the other are on the link.
-    parts = dataclasses.replace(rows, parts=(0.5, 0.5))
     for way, hidden_s in (("dispatch", 0.0), ("combine", 0.5 * times["combine"][0])):
+        parts = dataclasses.replace(rows, told=way == "dispatch", parts=(0.5, 0.5))
         found = predict(topology, "hierarchical", way, [parts], planned)
         assert found.time_s == pytest.approx(times[way][1] - hidden_s, rel=1e-3)
 
@@ -324,7 +324,7 @@ def test_buckets_refill_while_slices_are_packed(exchange, way):
         assert time_s[slices, 2e-8] == pytest.approx(expected_s, rel=1e-3)
 
 
-def test_flat_rows_travel_in_the_slices_of_the_exchange():
+def test_large_flat_rows_are_cut_into_slices():
     topology = tree("2x1")
     for tokens, slices in ((8, 1), (2048, 1), (4096, 2), (6144, 3), (10**6, MOST_SLICES)):
         counts_pN = np.array([[tokens // 2, tokens // 2], [0, 0]])
@@ -332,6 +332,25 @@ def test_flat_rows_travel_in_the_slices_of_the_exchange():
         rows = rows_of_group(topology, (0, 1), counts_pN, nodes_pMM, (0, 1), 4096, [tokens, 0])
         for exchange, way in itertools.product(EXCHANGES[:2], WAYS):
             assert rows[exchange, way].parts == [1 / slices] * slices
+
+
+def test_messages_of_all_slices_count_where_few_are_told_apart(monkeypatch):
+    simulated = []
+
+    def steps_seen(topology, steps_P, **options):
+        simulated.append(max(map(len, steps_P)))
+        return run_steps(topology, steps_P, **options)
+
+    monkeypatch.setattr("tamoe.solver.exchange_cost.run_steps", steps_seen)
+    for shape, slices in (("2x1", 8), ("4x2", 8), ("8x2", 4), ("16x2", 2)):
+        topology = tree(shape)
+        bytes_pp = np.zeros((topology.num_ranks,) * 2)
+        bytes_pp[0, -1] = 8.0
+        rows = Rows(everything(topology), [bytes_pp], parts=(0.125,) * 8)
+        given = Constants(message_s=1.0)
+        found = predict(topology, "flat single", "dispatch", [rows], given)
+        assert found.time_s == pytest.approx(8.0, rel=1e-6)
+        assert simulated.pop() == 3 * slices  # pack, send, arrange
 
 
 @pytest.mark.parametrize("sockets", [0.5, 4])
