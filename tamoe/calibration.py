@@ -9,6 +9,7 @@ Shape suffixes: T tokens, K choices, P ranks, N experts, p ranks of a group, M n
 from __future__ import annotations
 
 import itertools
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -109,7 +110,8 @@ def measure(
         What to exchange.
     repetitions
         Timed runs of each exchange, after one that is not. All cases run once, then all again: a
-        machine that is slower for a while slows a run or two of each.
+        machine that is slower for a while slows a run or two of each. Each time they run in another
+        order, so that none always follows the same other.
     progress
         Called after each run of a case: ``repetitions + 1`` times for each case.
     budget_s
@@ -137,7 +139,7 @@ def measure(
     for done in range(repetitions + 1):
         if budget_s is not None and done > 1 and not _go_on(began_s + budget_s, device):
             break
-        for one in timed:
+        for one in random.Random(done).sample(timed, len(timed)):  # the same on all ranks
             one.run(finish)
             if progress is not None:
                 progress()

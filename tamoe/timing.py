@@ -8,6 +8,9 @@ import torch.distributed as dist
 
 from tamoe.topology.graph import Topology
 
+# Where ranks share cores, the first to leave a barrier would take those that the last one needs.
+_LEAVING_S = 0.005
+
 
 def refill_s(topology: Topology) -> float:
     """Seconds until every token bucket of idle links is full again; 0 where there are none.
@@ -25,8 +28,9 @@ def refill_s(topology: Topology) -> float:
 
 
 def line_up(pause_s: float) -> None:
-    """Return on all ranks at the same time, once all have come and so many seconds are over."""
+    """Return on all ranks within some ms, once all have come and so many seconds are over."""
     dist.barrier()
     if pause_s > 0:
         time.sleep(pause_s)
         dist.barrier()
+        time.sleep(_LEAVING_S)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tamoe import calibration
 from tamoe.calibration import calibrate, measure
 from tamoe.cases import HIDDEN_SIZE, make_case, routing
 from tamoe.solver import Workload
@@ -101,14 +102,22 @@ def timed_on_a_rank(rank):
     topology = CLUSTER.topology()
     groups = (tuple(range(topology.num_ranks)),)
     cases = [make_case(topology, groups, name, 0.05, 2, seed=0) for name in ("even", "empty")]
-    runs = []
+    runs, order, run = [], [], calibration._Timed.run
+
+    def noted(case, finish):
+        order.append(case._index_TK.numel())
+        run(case, finish)
+
+    calibration._Timed.run = noted
     measured = measure(rank, topology, groups, cases, 3, lambda: runs.append(1))
+    calibration._Timed.run = run
     few = []
     measure(rank, topology, groups, cases, 3, lambda: few.append(1), budget_s=1e-9)
     return (
         measured,
         [routing(case, rank, 1000 * i + rank) for i, case in enumerate(cases)],
         (len(runs), len(few)),
+        order,
     )
 
 
@@ -116,15 +125,18 @@ def timed_on_a_rank(rank):
 @pytest.mark.emulated
 def test_what_is_measured_is_what_was_routed():
     on_ranks = run_ranks(CLUSTER, timed_on_a_rank, timeout_s=120)
-    for measured, _, calls in on_ranks:
+    for measured, _, calls, order in on_ranks:
         assert calls == (2 * 4, 2 * 2)  # all runs; the untimed and one more
+        assert order == on_ranks[0][3]
+        even = [order[i] > 0 for i in range(0, len(order), 2)]  # whether it ran before "empty"
+        assert set(even) == {True, False}
         assert [(m.case, m.exchange, m.way, m.seconds) for m in measured] == [
             (m.case, m.exchange, m.way, m.seconds) for m in on_ranks[0][0]
         ]
     measured = on_ranks[0][0]
     assert [(m.exchange, m.way) for m in measured] == [*KEYS, *KEYS]
     sent_pp = np.zeros((2, 2))
-    for rank, (_, index, _) in enumerate(on_ranks):
+    for rank, (_, index, _, _) in enumerate(on_ranks):
         on_rank_TK = index[0] // 4
         assert index[1].numel() == 0
         for other in range(2):

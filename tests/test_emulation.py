@@ -220,6 +220,32 @@ def test_received_bytes_are_the_payload_and_no_packet_is_dropped(spec: str) -> N
     assert (("rank0", "nic0") in reported) == (cluster.intra_bit_per_s is not None)
 
 
+def timeouts_and_probes(rank: int, size: int) -> tuple[int, int]:
+    """Those of this node while everybody sends to rank 0; -1 where the kernel keeps its own."""
+    import torch.distributed as dist
+
+    settings = Path("/proc/sys/net/ipv4/tcp_rto_min_us")
+    if not settings.exists() or int(settings.read_text()) == 200_000:
+        return -1, -1
+    dist.barrier()  # what it took to connect does not count
+    before = tcp_counters()
+    everybody_sends_to_rank_0(rank, size)
+    after = tcp_counters()
+    return tuple(after[name] - before[name] for name in ("TCPTimeouts", "TCPLossProbes"))
+
+
+def tcp_counters() -> dict[str, int]:
+    names, values, *_ = Path("/proc/self/net/netstat").read_text().splitlines()
+    return dict(zip(names.split()[1:], map(int, values.split()[1:]), strict=True))
+
+
+def test_no_timeout_and_no_probe_behind_a_queue_of_seconds() -> None:
+    counted = run_ranks("4x2:5mbit", timeouts_and_probes, 40_000)
+    if (-1, -1) in counted:
+        pytest.skip("Linux before 6.11, or settings that are read-only")
+    assert counted == [(0, 0)] * 8
+
+
 # Two hosts send to a third over queues of a packet each; prints what was dropped on the way there.
 SHORT_QUEUES = """
 import socket, threading

@@ -17,7 +17,7 @@ import ipaddress
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,11 @@ _LONGEST_QUEUE_BYTES = 1 << 30
 _WINDOW_S = 0.05
 _WINDOW_BYTES = (128 << 10, 4 << 20)  # least and most
 _CONNECTIONS_PER_PAIR = 2  # two process groups at once
-CONGESTION_CONTROL = "reno"  # hosts differ in their default, and bbr retransmits behind a bucket
+_RESEND_S = (0.2, 60.0)  # least, which is Linux's own, and most
 INTERFACE = "eth0"  # of every node, and of every rank that has its own namespace
 _FIRST_ADDRESS = ipaddress.IPv4Address("10.0.0.1")
 _PREFIX_LENGTH = 16
-_CONGESTION = "/proc/sys/net/ipv4/tcp_congestion_control"  # of the reader's own namespace
+_SETTINGS = Path("/proc/sys/net")  # of the reader's own namespace
 # The kernel reports a new link up to a second late when both ends have the same index, each in its
 # own namespace, since it then does not see that the two are one link.
 _FIRST_INDEX = 1000
@@ -88,9 +88,8 @@ def window_bytes(spec: ClusterSpec) -> int:
     >>> window_bytes(ClusterSpec.parse("4x2:200mbit"))
     1250000
     """
-    rates = [*spec.uplink_bit_per_s, *dict(spec.node_bit_per_s).values(), spec.intra_bit_per_s or 0]
     least, most = _WINDOW_BYTES
-    return min(max(int(max(rates) / 8 * _WINDOW_S), least), most)
+    return min(max(int(max(_rates(spec), default=0) / 8 * _WINDOW_S), least), most)
 
 
 def queue_bytes(spec: ClusterSpec) -> int:
@@ -101,6 +100,29 @@ def queue_bytes(spec: ClusterSpec) -> int:
     """
     wanted = _most_flows(spec) * window_bytes(spec)
     return min(max(wanted, QUEUE_BYTES), _LONGEST_QUEUE_BYTES)
+
+
+def resend_s(spec: ClusterSpec) -> float:
+    """Seconds without an answer after which TCP sends again, beside what answers usually take.
+
+    As long as a full queue takes to empty: links drop nothing, so whatever is sent again before is
+    sent in vain. With Linux's own 200 ms, senders took packets for lost that a slow link held back,
+    and reduced what they have under way: an all-to-all took 519 ms in one run and 572 in the next
+    (one node at 25 Mbit/s, the others at 100).
+
+    >>> resend_s(ClusterSpec.parse("2x1:200mbit")), resend_s(ClusterSpec.parse("4x2:100mbit"))
+    (0.2, 1.2)
+    """
+    least, most = _RESEND_S
+    slowest_bit_per_s = min(_rates(spec), default=None)
+    if slowest_bit_per_s is None:
+        return least
+    return min(max(queue_bytes(spec) * 8 / slowest_bit_per_s, least), most)
+
+
+def _rates(spec: ClusterSpec) -> list[int]:
+    intra = [] if spec.intra_bit_per_s is None else [spec.intra_bit_per_s]
+    return [*spec.uplink_bit_per_s, *dict(spec.node_bit_per_s).values(), *intra]
 
 
 def _most_flows(spec: ClusterSpec) -> int:
@@ -142,11 +164,10 @@ class Network:
         started = time.perf_counter()
         self.spec = spec
         self.fabric = linux.network_namespace()
-        window = window_bytes(spec)
-        _set_up_namespace(window)
-        self.nodes = [_new_namespace(window) for _ in spec.nodes]
+        _set_up_namespace(spec)
+        self.nodes = [_new_namespace(spec) for _ in spec.nodes]
         own = spec.intra_bit_per_s is not None
-        self.ranks = [_new_namespace(window) for _ in range(spec.num_ranks if own else 0)]
+        self.ranks = [_new_namespace(spec) for _ in range(spec.num_ranks if own else 0)]
         self.links = [*self._uplinks(), *(self._rank_links() if own else ())]
         for namespace, bridge in self._bridges():
             with _inside(namespace) as ip:
@@ -164,7 +185,8 @@ class Network:
                 for end in ends:
                     if end.namespace == namespace:
                         _set_up_end(ip, end, limit, hosts)
-        self.congestion_control = Path(_CONGESTION).read_text().strip()
+        congestion_control = _SETTINGS / "ipv4" / "tcp_congestion_control"
+        self.congestion_control = congestion_control.read_text().strip()
         self.setup_s = time.perf_counter() - started
 
     def descriptors(self) -> list[int]:
@@ -237,32 +259,42 @@ def _inside(namespace: int) -> Iterator[Any]:
         os.close(before)
 
 
-def _new_namespace(window: int) -> int:
+def _new_namespace(spec: ClusterSpec) -> int:
     before = linux.network_namespace()
     try:
         namespace = linux.new_network_namespace()
-        _set_up_namespace(window)
+        _set_up_namespace(spec)
         return namespace
     finally:
         linux.setns(before, linux.CLONE_NEWNET)
         os.close(before)
 
 
-def _set_up_namespace(window: int) -> None:
+def _set_up_namespace(spec: ClusterSpec) -> None:
     """Bring loopback up; no IPv6, whose own traffic and addresses would only disturb."""
     from pyroute2 import IPRoute
 
-    _try_setting("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1")
-    _try_setting("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1")
-    _try_setting(_CONGESTION, CONGESTION_CONTROL)
-    _try_setting("/proc/sys/net/ipv4/tcp_rmem", f"4096 {_WINDOW_BYTES[0]} {window}")
+    _try_setting("ipv6/conf/all/disable_ipv6", "1")
+    _try_setting("ipv6/conf/default/disable_ipv6", "1")
+    # Hosts differ in their default, and bbr sends again behind a bucket.
+    _try_setting("ipv4/tcp_congestion_control", "reno")
+    _try_setting("ipv4/tcp_rmem", f"4096 {_WINDOW_BYTES[0]} {window_bytes(spec)}")
+    # Else what a connection carries in its first round trips hangs on how long it had rested.
+    _try_setting("ipv4/tcp_slow_start_after_idle", "0")
+    # Kernels before 6.11 keep their 200 ms. A timeout there is worse than the probe before it.
+    if _try_setting("ipv4/tcp_rto_min_us", str(round(resend_s(spec) * 1e6))):
+        _try_setting("ipv4/tcp_early_retrans", "0")  # no probes
     with IPRoute() as ip:
         ip.link("set", index=1, state="up")
 
 
-def _try_setting(path: str, value: str) -> None:
-    with suppress(OSError):  # read-only in some containers; what holds then is in the report
-        Path(path).write_text(value)
+def _try_setting(name: str, value: str) -> bool:
+    """Whether the kernel has it and takes the value; it is read-only in some containers."""
+    try:
+        (_SETTINGS / name).write_text(value)
+    except OSError:
+        return False
+    return True
 
 
 def _add_bridge(ip: Any, name: str) -> None:
