@@ -271,7 +271,7 @@ def _new_namespace(spec: ClusterSpec) -> int:
 
 
 def _set_up_namespace(spec: ClusterSpec) -> None:
-    """Bring loopback up; no IPv6, whose own traffic and addresses would only disturb."""
+    """Bring loopback up, and TCP that suits the links; no IPv6, which would only disturb them."""
     from pyroute2 import IPRoute
 
     _try_setting("ipv6/conf/all/disable_ipv6", "1")
