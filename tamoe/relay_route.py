@@ -66,7 +66,7 @@ def positions_to_tell(share: Share, relays: Relays) -> list[torch.Tensor]:
     expert. Other ranks get nothing, nor does this one: on its own node it has the choices.
     """
     blocks = _forwarded(share, relays)
-    choices_P = share.position_n.split([*map(sum, counts_for_ranks(share.own_P, relays))])
+    choices_P = share.position_n.split([*map(sum, counts_for_ranks(share.own_M, relays))])
     tell = []
     for rank, node in enumerate(relays.node_of):
         if node == relays.node or relays.relay_PM[relays.rank][node] != rank:
@@ -92,8 +92,8 @@ def _forwarded(share: Share, relays: Relays) -> dict[tuple[int, int], torch.Tens
     """Tokens of this rank that are copied from a node to a node; only pairs that have some."""
     counts = {
         (source, target): count
-        for target, ranks in enumerate(relays.nodes)
-        for source, count in enumerate(share.own_P[ranks[0]].arrive_M)
+        for target, own in enumerate(share.own_M)
+        for source, count in enumerate(own.arrive_M)
         if count
     }
     blocks = share.copies.entry_m.split(list(counts.values()))
@@ -127,7 +127,7 @@ def plan_hops(share: Share, heard_P: Sequence[torch.Tensor], relays: Relays) -> 
     """
     me, near, none = relays.rank, sorted(relays.nodes[relays.node]), share.position_n[:0]
     onward = _own_onward(share, relays, none)
-    choices_P = share.position_n.split([*map(sum, counts_for_ranks(share.own_P, relays))])
+    choices_P = share.position_n.split([*map(sum, counts_for_ranks(share.own_M, relays))])
     choices = {(me, p): choices_P[p] for p in near}
     start_of, receive_LP = _arrivals(share, relays)
     for source in relays.served:

@@ -70,6 +70,20 @@ dist.destroy_process_group()
     assert [line for line in out if "Gloo" not in line] == [f"[{rank}] 6" for rank in range(4)]
 
 
+def test_freed_buffers_stay_with_their_command(tmp_path: Path) -> None:
+    script = tmp_path / "buffers.py"
+    script.write_text("""
+import resource
+faults = []
+for _ in range(20):
+    buffers = [b"x" * 2**23 for _ in range(8)]  # 2,048 pages each
+    del buffers
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(faults[-1] - faults[-2] < 1000)
+""")
+    assert run("1x1", sys.executable, str(script)) == (0, ["[0] True"], [])
+
+
 def test_output_keeps_whole_lines_and_gets_a_prefix() -> None:
     text = "i=0; while [ $i -lt 300 ]; do echo $RANK-$i-abcdefgh; i=$((i+1)); done; printf end >&2"
     code, out, err = run("2x2", "sh", "-c", text)

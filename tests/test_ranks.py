@@ -86,6 +86,20 @@ def waits_in(rank: int, *slow: int) -> None:
         threading.Event().wait()
 
 
+def page_faults_of_buffers(rank: int) -> int:
+    """Of eight buffers of 2,048 pages, where there were eight before that were freed."""
+    import resource
+
+    import torch
+
+    faults = []
+    for _ in range(20):
+        buffers = [torch.zeros(2**21) for _ in range(8)]  # 8 MiB each
+        del buffers
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    return faults[-1] - faults[-2]
+
+
 def backward(rank: int) -> float:
     import torch
 
@@ -170,6 +184,10 @@ def test_ranks_have_the_environment_of_torchrun_and_of_the_caller(
             "directory": str(tmp_path),
             "interrupt": signal.SIG_IGN,
         }
+
+
+def test_freed_buffers_stay_with_their_rank() -> None:
+    assert run_ranks(1, page_faults_of_buffers)[0] < 1000
 
 
 def test_output_goes_where_the_caller_s_goes_now(capfd: pytest.CaptureFixture[str]) -> None:

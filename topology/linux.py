@@ -19,6 +19,10 @@ MS_REC = 0x4000
 MS_SLAVE = 0x80000
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+_LARGEST_HELD_BYTES = 32 * 2**20  # of one buffer; glibc takes no more
+_MOST_HELD_BYTES = 2**30
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -74,6 +78,25 @@ def die_with_parent(parent_pid: int | None = None, parent_pidfd: int | None = No
 def adopt_orphans() -> None:
     """Become the parent of descendants whose own parent ends."""
     _checked(_libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl")
+
+
+def hold_freed_memory() -> None:
+    """Let malloc hold on to freed buffers, as a device's allocator does; only glibc can.
+
+    It gives those of some MB back to the kernel at once, and each new one costs a page fault for
+    every 4 KiB: up to 6 % of an exchange.
+    """
+    if hasattr(_libc, "mallopt"):
+        _libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_HELD_BYTES)
+        _libc.mallopt(_M_TRIM_THRESHOLD, _MOST_HELD_BYTES)
+
+
+def environment_that_holds_freed_memory() -> dict[str, str]:
+    """Variables by which the malloc of a command does what :func:`hold_freed_memory` does."""
+    return {
+        "MALLOC_MMAP_THRESHOLD_": str(_LARGEST_HELD_BYTES),
+        "MALLOC_TRIM_THRESHOLD_": str(_MOST_HELD_BYTES),
+    }
 
 
 def map_own_user(uid: int, gid: int) -> None:

@@ -84,6 +84,8 @@ def exec_in_rank(request: Request, place: Place, streams: list[int]) -> None:
     _become_rank(request, place, streams)
     os.setpgid(0, 0)  # signals go to the command and to what it starts
     os.environ.update(place.environment(request.num_ranks, COMMAND_PORT))
+    for name, value in linux.environment_that_holds_freed_memory().items():
+        os.environ.setdefault(name, value)
     for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):  # Python had changed them
         signal.signal(number, signal.SIG_DFL)
     try:
@@ -120,6 +122,7 @@ def _call(request: Request, place: Place, ports: tuple[int, int]) -> Any:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    linux.hold_freed_memory()
     if "numpy.random" in sys.modules:
         sys.modules["numpy.random"].seed()  # or all ranks would draw the same numbers
     if request.import_in_ranks:
