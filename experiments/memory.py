@@ -25,7 +25,6 @@ Shape suffixes: T tokens, K choices, D hidden size, R rows received.
 
 from __future__ import annotations
 
-import ctypes
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -42,6 +41,7 @@ from tamoe.exchange import Exchange
 from tamoe.experiments.command import run_command
 from tamoe.node_memory import outbox_bytes
 from tamoe.progress import progress_line
+from tamoe.topology import linux
 from tamoe.topology.documents import check_writable, write_document
 from tamoe.topology.errors import whole
 from tamoe.topology.graph import Topology
@@ -51,7 +51,6 @@ from tamoe.topology.tree import parse_tree, tree_depth
 SCHEMA, SCHEMA_VERSION = "tamoe.experiment.memory", "1.0"
 _TIMEOUT_S = 300.0
 _CALLS = 3  # of each exchange; the first is kept apart
-_M_MMAP_THRESHOLD = -3  # malloc.h of glibc
 _SMALLEST_BLOCK_BYTES = 2**16
 Result = TypeVar("Result")
 
@@ -88,9 +87,7 @@ class Peak:
 
 def peak_extra(call: Callable[[], Result]) -> tuple[Result, int]:
     """What a call returns, and its peak of resident memory over the level before, in bytes."""
-    libc = ctypes.CDLL(None)
-    libc.mallopt(_M_MMAP_THRESHOLD, _SMALLEST_BLOCK_BYTES)
-    libc.malloc_trim(0)
+    linux.return_freed_memory(_SMALLEST_BLOCK_BYTES)
     Path("/proc/self/clear_refs").write_text("5")  # the highest level starts anew
     before = _level_bytes("VmRSS")
     result = call()

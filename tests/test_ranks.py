@@ -87,14 +87,14 @@ def waits_in(rank: int, *slow: int) -> None:
 
 
 def page_faults_of_buffers(rank: int) -> int:
-    """Of eight buffers of 2,048 pages, where there were eight before that were freed."""
+    """Of buffers of 2,048, 2,048 and 12,288 pages, where there were such before."""
     import resource
 
     import torch
 
     faults = []
     for _ in range(20):
-        buffers = [torch.zeros(2**21) for _ in range(8)]  # 8 MiB each
+        buffers = [torch.zeros(mebibytes * 2**18) for mebibytes in (8, 8, 48)]
         del buffers
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
     return faults[-1] - faults[-2]

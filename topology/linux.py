@@ -6,6 +6,7 @@ import ctypes
 import os
 import select
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 
 CLONE_NEWNS = 0x00020000
@@ -21,8 +22,9 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
-_LARGEST_HELD_BYTES = 32 * 2**20  # of one buffer; glibc takes no more
-_MOST_HELD_BYTES = 2**30
+_M_MMAP_MAX = -4
+_MANY = 2**16  # what glibc begins with
+_MOST_HELD_BYTES = 2**31 - 1  # malloc takes an int
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -83,20 +85,29 @@ def adopt_orphans() -> None:
 def hold_freed_memory() -> None:
     """Let malloc hold on to freed buffers, as a device's allocator does; only glibc can.
 
-    It gives those of some MB back to the kernel at once, and each new one costs a page fault for
-    every 4 KiB: up to 6 % of an exchange.
+    It gives those of some MB back to the kernel, and each new one costs a page fault for every
+    4 KiB: up to 6 % of an exchange, and more for buffers from 32 MiB on, which it never keeps
+    unless it maps none.
     """
+    _set_malloc({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: _MOST_HELD_BYTES})
+
+
+def return_freed_memory(smallest_bytes: int) -> None:
+    """Let malloc give back what it holds, and from now on freed buffers from a size on."""
+    _set_malloc({_M_MMAP_MAX: _MANY, _M_MMAP_THRESHOLD: smallest_bytes})
+    if hasattr(_libc, "malloc_trim"):
+        _libc.malloc_trim(0)
+
+
+def _set_malloc(values: Mapping[int, int]) -> None:
     if hasattr(_libc, "mallopt"):
-        _libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_HELD_BYTES)
-        _libc.mallopt(_M_TRIM_THRESHOLD, _MOST_HELD_BYTES)
+        for number, value in values.items():
+            _libc.mallopt(number, value)
 
 
 def environment_that_holds_freed_memory() -> dict[str, str]:
     """Variables by which the malloc of a command does what :func:`hold_freed_memory` does."""
-    return {
-        "MALLOC_MMAP_THRESHOLD_": str(_LARGEST_HELD_BYTES),
-        "MALLOC_TRIM_THRESHOLD_": str(_MOST_HELD_BYTES),
-    }
+    return {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(_MOST_HELD_BYTES)}
 
 
 def map_own_user(uid: int, gid: int) -> None:
