@@ -86,20 +86,6 @@ def waits_in(rank: int, *slow: int) -> None:
         threading.Event().wait()
 
 
-def page_faults_of_buffers(rank: int) -> int:
-    """Of buffers of 2,048, 2,048 and 12,288 pages, where there were such before."""
-    import resource
-
-    import torch
-
-    faults = []
-    for _ in range(20):
-        buffers = [torch.zeros(mebibytes * 2**18) for mebibytes in (8, 8, 48)]
-        del buffers
-        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-    return faults[-1] - faults[-2]
-
-
 def backward(rank: int) -> float:
     import torch
 
@@ -184,10 +170,6 @@ def test_ranks_have_the_environment_of_torchrun_and_of_the_caller(
             "directory": str(tmp_path),
             "interrupt": signal.SIG_IGN,
         }
-
-
-def test_freed_buffers_stay_with_their_rank() -> None:
-    assert run_ranks(1, page_faults_of_buffers)[0] < 1000
 
 
 def test_output_goes_where_the_caller_s_goes_now(capfd: pytest.CaptureFixture[str]) -> None:
