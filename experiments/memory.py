@@ -102,6 +102,7 @@ def _level_bytes(name: str) -> int:
 
 def measure(rank: int, tree: str, setting: Setting, names: Sequence[str] = EXCHANGES) -> list[Peak]:
     """Peaks of exchanges; every rank of the group calls it, and all get them."""
+    linux.return_freed_memory(_SMALLEST_BLOCK_BYTES)  # before there are holes for buffers
     topology = _topology(tree)
     generator = torch.Generator().manual_seed(rank)
     x_TD = torch.randn(setting.tokens, setting.hidden_size, generator=generator)

@@ -145,7 +145,7 @@ def count_reach(
     [[1, 2], [0, 0]]
     """
     levels = [relays.level(relays.node, node) for node in range(len(relays.nodes))]
-    # As bytes, of which the CPU finds the least ten times faster.
+    # As bytes: 512 times the least of 8 takes the CPU 6 us, of 64-bit numbers 60.
     level_M1 = table_on(node_TK.device, [*levels, relays.num_levels + 1]).to(torch.int8)
     nearest_T1 = level_M1[node_TK].amin(1, keepdim=True)
     reached_TL = nearest_T1 <= torch.arange(relays.num_levels + 1, device=node_TK.device)

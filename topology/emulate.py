@@ -38,6 +38,9 @@ def emulate(
     line that a rank writes is passed on whole, with its rank before it. When one rank fails the
     others are stopped. Ctrl-C is passed on once; a second one, or ``grace_s`` later, ends them all.
 
+    A rank holds on to memory that it frees, since page faults would count as work; a variable
+    MALLOC_TRIM_THRESHOLD_ of your own, or another one for malloc, turns that off.
+
     Parameters
     ----------
     spec

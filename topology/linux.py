@@ -23,8 +23,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _M_MMAP_MAX = -4
-_MANY = 2**16  # what glibc begins with
-_MOST_HELD_BYTES = 2**31 - 1  # malloc takes an int
+_DEFAULT_MMAP_MAX = 2**16
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -83,31 +82,40 @@ def adopt_orphans() -> None:
 
 
 def hold_freed_memory() -> None:
-    """Let malloc hold on to freed buffers, as a device's allocator does; only glibc can.
+    """Let the main thread's malloc hold on to freed buffers, as a device's allocator does.
 
-    It gives those of some MB back to the kernel, and each new one costs a page fault for every
-    4 KiB: up to 6 % of an exchange, and more for buffers from 32 MiB on, which it never keeps
-    unless it maps none.
+    glibc by itself gives those of some MB back to the kernel, and each new one costs a page fault
+    for every 4 KiB: some percent of an exchange. Nothing happens where malloc is another one, or
+    where the environment says how malloc is to work.
     """
-    _set_malloc({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: _MOST_HELD_BYTES})
+    if not _malloc_is_chosen():
+        _set_malloc({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1})
+
+
+def environment_that_holds_freed_memory() -> dict[str, str]:
+    """Variables by which the malloc of a command does what :func:`hold_freed_memory` does."""
+    if _malloc_is_chosen():
+        return {}
+    return {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**63 - 1)}
 
 
 def return_freed_memory(smallest_bytes: int) -> None:
     """Let malloc give back what it holds, and from now on freed buffers from a size on."""
-    _set_malloc({_M_MMAP_MAX: _MANY, _M_MMAP_THRESHOLD: smallest_bytes})
+    given = {_M_MMAP_THRESHOLD: smallest_bytes, _M_TRIM_THRESHOLD: smallest_bytes}
+    _set_malloc({_M_MMAP_MAX: _DEFAULT_MMAP_MAX, **given})
     if hasattr(_libc, "malloc_trim"):
         _libc.malloc_trim(0)
+
+
+def _malloc_is_chosen() -> bool:
+    chosen = any(name.startswith("MALLOC_") for name in os.environ)
+    return chosen or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
 
 
 def _set_malloc(values: Mapping[int, int]) -> None:
     if hasattr(_libc, "mallopt"):
         for number, value in values.items():
             _libc.mallopt(number, value)
-
-
-def environment_that_holds_freed_memory() -> dict[str, str]:
-    """Variables by which the malloc of a command does what :func:`hold_freed_memory` does."""
-    return {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(_MOST_HELD_BYTES)}
 
 
 def map_own_user(uid: int, gid: int) -> None:

@@ -84,8 +84,7 @@ def exec_in_rank(request: Request, place: Place, streams: list[int]) -> None:
     _become_rank(request, place, streams)
     os.setpgid(0, 0)  # signals go to the command and to what it starts
     os.environ.update(place.environment(request.num_ranks, COMMAND_PORT))
-    for name, value in linux.environment_that_holds_freed_memory().items():
-        os.environ.setdefault(name, value)
+    os.environ.update(linux.environment_that_holds_freed_memory())
     for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):  # Python had changed them
         signal.signal(number, signal.SIG_DFL)
     try:

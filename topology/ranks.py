@@ -52,7 +52,8 @@ def run_ranks(
     The default process group (gloo) is up when ``fn`` starts, each rank has one torch thread and
     the environment that torchrun would give it, and standard output and error are the caller's.
     Ranks ignore Ctrl-C; the launcher ends them all and raises KeyboardInterrupt, so a function
-    that must keep partial results writes them to a file as it goes.
+    that must keep partial results writes them to a file as it goes. A rank holds on to memory that
+    it frees, unless a variable such as MALLOC_TRIM_THRESHOLD_ says how malloc is to work.
 
     Parameters
     ----------
