@@ -7,23 +7,19 @@ size, n rows sent (choices that were not dropped), R rows received.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from tamoe.agreement import Header, RefusedValues, exchange_counts, layout_code
-from tamoe.flat import FlatRoute, plan_flat
 from tamoe.groups import group_rank, group_size, process_group, works_by_gloo
-from tamoe.handle import Asked, Handle, deal_locally, input_problem, sort_keys
-from tamoe.hierarchical import RelayRoute, plan_relays
-from tamoe.ops import build_index
+from tamoe.handle import Asked, Handle, again_problem, input_problem, sort_keys
 from tamoe.placement import Placement, contiguous, experts_problem, resolve_placement
-from tamoe.record import note_counts, timed
+from tamoe.planning import Planner
+from tamoe.record import note_counts
 from tamoe.schedules import Mover, Schedule
-from tamoe.shares import added, counts_of_parts, cut_tokens, make_shares, sort_choices
-from tamoe.solver.exchange_cost import MOST_PARTS, num_parts, slices_for
 from tamoe.solver.relays import make_relays, sum_groups
-from tamoe.summation import count_sums
 from tamoe.topology.errors import InputError, whole
 from tamoe.waiting import Patience, checked_timeout
 
@@ -34,7 +30,6 @@ if TYPE_CHECKING:
 
 Kind = Literal["auto", "flat", "hierarchical", "none"]
 KINDS: tuple[Kind, ...] = ("auto", "flat", "hierarchical", "none")
-_Planned = tuple[FlatRoute | RelayRoute, list[int], list[list[int]]]
 
 
 class Exchange:
@@ -164,10 +159,9 @@ class Exchange:
         moves = self.group if self.kind != "none" else None
         patience = Patience(f"{self.kind} exchange", checked_timeout(timeout_s))
         self._mover = Mover(moves, self.nodes, self.rank, self.schedule, patience)
-        self._groups = sum_groups(topology) if self.kind != "none" else ()
-        self._relays = make_relays(self.rank, self.nodes, self._groups)
-        # Of a rank, in the dispatch before; the same on all ranks.
-        self._most_tokens: int | None = None
+        groups = sum_groups(topology) if self.kind != "none" else ()
+        relays = make_relays(self.rank, self.nodes, groups)
+        self._planner = Planner(self.kind, self._mover, relays, groups, self.chunks)
 
     def _best_schedule(self) -> Schedule:
         if self.group is None or len(self.nodes) == 1:
@@ -231,7 +225,7 @@ class Exchange:
             them, or dtype, hidden size, K, N, need for gradients, schedule or placement that
             differ.
         """
-        num_parts = self._num_parts(x_TD)
+        num_parts = self._planner.num_parts(x_TD)
         problem = input_problem(
             x_TD, expert_index_TK, weight_TK, num_experts, self.num_ranks, self.placement
         )
@@ -252,10 +246,9 @@ class Exchange:
             self._refuse(header, x_TD.device)
         placement = self.placement_of(num_experts)
         key, refused = sort_keys(expert_index_TK, placement)
-        plan = {"flat": self._flat, "hierarchical": self._relayed, "none": self._kept}[self.kind]
         asked = Asked(header, placement, key, refused, weight_TK, num_parts)
         try:
-            route, sent_slots, received_PE = plan(asked)
+            route, sent_slots, received_PE = self._planner.plan(asked)
         except RefusedValues:
             raise InputError(
                 f"expert_index_TK holds {int(expert_index_TK.min())} to "
@@ -272,12 +265,54 @@ class Exchange:
             num_experts=num_experts,
             hidden_size=header.hidden_size,
             dtype=x_TD.dtype,
+            requires_grad=header.requires_grad,
             sent_counts_N=tuple(sent_N),
             received_counts_PE=tuple(tuple(counts[:num_local]) for counts in received_PE),
             route=route,
             weight=weight,
         )
         return row_RD, handle
+
+    def dispatch_again(self, x_TD: torch.Tensor, handle: Handle) -> tuple[torch.Tensor, Handle]:
+        """Send other tokens the way of an earlier dispatch; nothing is sorted, counted or told.
+
+        For tokens with the same choices and weights: another tensor of the same tokens, say, or a
+        second layer that shares a router. All ranks must call it, and none checks the others.
+
+        Parameters
+        ----------
+        x_TD
+            ``[T, D]``, of the shape, dtype and need for gradients of the dispatch before.
+        handle
+            From that dispatch of this exchange. Its weights keep their graph: run one backward
+            pass for all that use it, or retain the graph.
+
+        Returns
+        -------
+        row_RD, handle
+            As from :meth:`dispatch`; the new handle is for combine.
+
+        Raises
+        ------
+        InputError
+            On this rank alone: shape, dtype or need for gradients differ, or the handle is of
+            another exchange.
+
+        Examples
+        --------
+        >>> exchange, index_TK = Exchange(), torch.tensor([[1], [0]])
+        >>> _, handle = exchange.dispatch(torch.zeros(2, 1), index_TK, num_experts=2)
+        >>> exchange.dispatch_again(torch.tensor([[1.0], [2.0]]), handle)[0].tolist()
+        [[2.0], [1.0]]
+        """
+        if handle.route.mover is not self._mover:
+            raise InputError("handle is of another Exchange; allowed: from a dispatch of this one")
+        problem = again_problem(x_TD, handle)
+        if problem is not None:
+            raise InputError(problem)
+        note_counts(list(handle.sent_counts_N))
+        row_RD, weight = handle.route.dispatch(x_TD)
+        return row_RD, replace(handle, weight=weight)
 
     def combine(self, row_RD: torch.Tensor, handle: Handle) -> torch.Tensor:
         """Return the experts' outputs to their tokens and add them up with their weights.
@@ -297,7 +332,7 @@ class Exchange:
         Raises
         ------
         InputError
-            The rows' shape or dtype is not that of the dispatched rows.
+            On this rank alone: the rows' shape or dtype is not that of the dispatched rows.
         """
         expected = (sum(handle.counts_E), handle.hidden_size)
         if tuple(row_RD.shape) != expected or row_RD.dtype != handle.dtype:
@@ -307,7 +342,7 @@ class Exchange:
             )
         return handle.route.combine(row_RD, handle.weight)
 
-    # ---- planning -----------------------------------------------------------------------------
+    # ---- what ranks agree on ------------------------------------------------------------------
 
     def _weighted(self, weight_TK: torch.Tensor | None) -> int:
         if weight_TK is None:
@@ -321,77 +356,3 @@ class Exchange:
             nothing_PW = torch.zeros(self.num_ranks, 1, dtype=torch.int64, device=device)
             exchange_counts(header, nothing_PW, nothing_PW[0], self._mover)
         raise InputError(header.problem)
-
-    def _flat(self, asked: Asked) -> _Planned:
-        placement, top_k = asked.placement, asked.header.top_k
-        key_TK = asked.key.view(-1, top_k)
-        built = build_index(key_TK, placement.num_slots)
-        sums_L = count_sums(key_TK, placement.slots_per_rank, self.num_ranks, self._groups)
-        count_PE = built.count_N.view(self.num_ranks, -1)
-        sent_PE, received_PE, num_sums = self._counts(asked, count_PE, sums_L)
-        sent = [count for counts_E in sent_PE for count in counts_E]
-        header, choice_n = asked.header, built.choice[: sum(sent)]
-        most_rows = (self._most_tokens or 0) * top_k
-        num_slices = slices_for(most_rows * header.hidden_size * header.dtype.itemsize)
-        rows = header.num_tokens, choice_n // top_k, asked.weight_of(choice_n)
-        plan = self._mover, *rows, sent_PE, received_PE, self._groups, num_sums
-        route = plan_flat(*plan, num_slices=num_slices)
-        return route, sent, received_PE
-
-    def _relayed(self, asked: Asked) -> _Planned:
-        relays, header = self._relays, asked.header
-        num_local = asked.placement.slots_per_rank
-        cut = cut_tokens(asked.key, header.top_k, num_local, asked.num_parts, relays)
-        in_order = sort_choices(cut, relays)
-        told = self._counts(asked, in_order.word_PW, in_order.reach_CL.flatten())
-        sent_PW, received_PW, reached = told
-        shares = make_shares(cut, in_order, reached, sent_PW, received_PW, relays)
-        sent_CPE, received_CPE = counts_of_parts(shares, relays)
-        sent = [count for counts_E in added(sent_CPE) for count in counts_E]
-        weight_n = asked.weight_of(in_order.choice[: sum(sent)])
-        counts = sent_CPE, received_CPE
-        route = plan_relays(self._mover, relays, shares, counts, weight_n, header.dtype)
-        return route, sent, added(received_CPE)
-
-    def _num_parts(self, x_TD: torch.Tensor) -> int:
-        if self.kind != "hierarchical":
-            return 1
-        if self.chunks != "auto":
-            return self.chunks
-        if self._most_tokens is None:
-            return MOST_PARTS
-        row_bytes = x_TD.shape[-1] * x_TD.dtype.itemsize if x_TD.ndim else 0
-        return num_parts(self._most_tokens * row_bytes)
-
-    def _kept(self, asked: Asked) -> _Planned:
-        """Every rank works on its own rows, dealt in turn to its experts."""
-        header, num_slots = asked.header, asked.placement.num_slots
-        num_local = len(asked.placement.experts_PE[self.rank])
-        dealt_key = deal_locally(asked.key, num_slots, num_local).view(-1, header.top_k)
-        built = build_index(dealt_key, num_local)
-        sums_L = count_sums(dealt_key, num_local, 1, ())
-        counts = build_index(asked.key.view(-1, header.top_k), num_slots).count_N.view(1, -1)
-        [sent], _, num_sums = self._counts(asked, counts, sums_L)
-        share, extra = divmod(sum(sent), num_local)
-        dealt_PE = [[share + (expert < extra) for expert in range(num_local)]]
-        choice_n = built.choice[: sum(sent)]
-        rows = header.num_tokens, choice_n // header.top_k, asked.weight_of(choice_n)
-        return plan_flat(self._mover, *rows, dealt_PE, dealt_PE, (), num_sums), sent, dealt_PE
-
-    def _counts(
-        self, asked: Asked, word_PW: torch.Tensor, own_X: torch.Tensor
-    ) -> tuple[list[list[int]], list[list[int]], list[int]]:
-        """Words told to each rank and by each rank, and those that this rank keeps to itself."""
-        note_X = torch.cat([asked.refused.to(torch.int64).view(1), own_X])
-        if self._mover.group is not None:
-            with timed("counts", word_PW.device):
-                sent_PW, received_PW, tokens_P, note = exchange_counts(
-                    asked.header, word_PW, note_X, self._mover
-                )
-            self._most_tokens = max(tokens_P)
-            return sent_PW, received_PW, note[1:]
-        told = torch.cat([note_X, word_PW.flatten()]).tolist()
-        if told[0]:
-            raise RefusedValues("the exchange refused values of this rank")
-        words = told[len(note_X) :]
-        return [words], [words], told[1 : len(note_X)]

@@ -21,13 +21,15 @@ INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8)
 
 @dataclass(frozen=True, eq=False)
 class Handle:
-    """What a dispatch found out about its routing; combine and both backward passes reuse it."""
+    """What a dispatch found out about its routing; combine, both backward passes and
+    :meth:`~tamoe.exchange.Exchange.dispatch_again` reuse it."""
 
     num_tokens: int
     top_k: int
     num_experts: int
     hidden_size: int
     dtype: torch.dtype
+    requires_grad: bool  # of the tokens, the same on all ranks
     sent_counts_N: tuple[int, ...]  # rows of this rank for each expert, as routed
     received_counts_PE: tuple[tuple[int, ...], ...]  # rows by source rank and local expert
     route: FlatRoute | RelayRoute  # how the rows travel
@@ -74,6 +76,8 @@ def input_problem(
             f"expert_index_TK has shape {tuple(index_TK.shape)}; allowed: [{len(x_TD)}, K], a row "
             f"for each token and K >= 1"
         )
+    if index_TK.device != x_TD.device:
+        return f"expert_index_TK is on {index_TK.device}; allowed: that of x_TD, {x_TD.device}"
     if index_TK.numel() >= 2**31:
         return (
             f"expert_index_TK has {index_TK.numel()} choices; allowed: fewer than 2^31 in one "
@@ -89,7 +93,26 @@ def input_problem(
             )
         if not weight_TK.is_floating_point():
             return f"weight_TK is {weight_TK.dtype}; allowed: a floating-point dtype"
+        if weight_TK.device != x_TD.device:
+            return f"weight_TK is on {weight_TK.device}; allowed: that of x_TD, {x_TD.device}"
     return experts_problem(num_experts, num_ranks, placement)
+
+
+def again_problem(x_TD: torch.Tensor, handle: Handle) -> str | None:
+    """What is not allowed about tokens that are to go the way of an earlier dispatch."""
+    expected = (handle.num_tokens, handle.hidden_size)
+    if tuple(x_TD.shape) != expected or x_TD.dtype != handle.dtype:
+        return (
+            f"x_TD is {x_TD.dtype} of shape {tuple(x_TD.shape)}; allowed: {handle.dtype} of shape "
+            f"{expected}, as in the dispatch that gave the handle"
+        )
+    requires_grad = torch.is_grad_enabled() and x_TD.requires_grad
+    if requires_grad != handle.requires_grad:
+        return (
+            f"x_TD has requires_grad {requires_grad}; allowed: {handle.requires_grad}, as in the "
+            f"dispatch that gave the handle: ranks agreed on it there"
+        )
+    return None
 
 
 def sort_keys(index_TK: torch.Tensor, placement: Placement) -> tuple[torch.Tensor, torch.Tensor]:

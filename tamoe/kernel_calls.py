@@ -263,9 +263,13 @@ def _save_gather(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> Non
 
 def _gather_backward(ctx: Any, grad_mD: torch.Tensor) -> tuple[torch.Tensor, None]:
     (index_m,) = ctx.saved_tensors
-    order, count_N, *_ = torch.ops.tamoe.build_index(index_m.unsqueeze(1), ctx.num_rows, None, 0)
-    offset_N1 = torch.nn.functional.pad(count_N.cumsum(0), (1, 0))
-    return torch.ops.tamoe.combine(grad_mD.contiguous(), offset_N1, order, None), None
+    # Rows may be more than build_index takes on the device, and none at all.
+    key_m = torch.where(index_m < 0, ctx.num_rows, index_m.to(torch.int64))
+    sorted_m, order_m = torch.sort(key_m, stable=True)
+    offset_N1 = torch.searchsorted(
+        sorted_m, torch.arange(ctx.num_rows + 1, device=key_m.device, dtype=torch.int64)
+    )
+    return torch.ops.tamoe.combine(grad_mD.contiguous(), offset_N1, order_m, None), None
 
 
 def _save_combine(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

@@ -1,7 +1,8 @@
 """The kernels' C interface, bound with ctypes: one library serves every Python and torch.
 
 A GPU's library is looked for in this order: the file that ``$TAMOE_KERNELS`` names, the one that a
-release carries in ``cuda/``, the cache, and a build with nvcc. ``TAMOE_KERNELS=off`` uses none.
+release carries in ``cuda/``, and what nvcc makes at the first use. That is kept in a cache, where
+nvcc's version is part of the key, so nvcc has to be there, too. ``TAMOE_KERNELS=off`` uses none.
 Where there is none, a warning says why and the plain PyTorch implementations run.
 """
 

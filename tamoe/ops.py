@@ -193,17 +193,7 @@ def combine(
     >>> combine(row_nD, offset_S1, torch.tensor([2, 0]), torch.tensor([0.5, 2.0])).tolist()
     [[52.0], [0.0]]
     """
-    _check_rows("row_nD", row_nD)
-    _check_vector("offset_S1", offset_S1, row_nD)
-    _check_vector("index_J", index_J, row_nD)
-    if len(offset_S1) < 1:
-        raise InputError("offset_S1 has no entry; allowed: [S + 1], 0 to J")
-    if weight_J is not None:
-        if weight_J.shape != index_J.shape or not weight_J.is_floating_point():
-            given = f"{weight_J.dtype} of shape {tuple(weight_J.shape)}"
-            raise InputError(f"weight_J is {given}; allowed: a floating dtype, [{len(index_J)}]")
-        _check_device(row_nD, weight_J=weight_J)
-        weight_J = weight_J.to(accumulation_dtype(row_nD.dtype))
+    weight_J = _checked_terms(row_nD, offset_S1, index_J, weight_J)
     combined_SD: torch.Tensor = torch.ops.tamoe.combine(row_nD, offset_S1, index_J, weight_J)
     return combined_SD
 
@@ -220,6 +210,18 @@ def combine_backward(
     ``grad_row[index[j]] = round(grad[s] · weight[j])``, 0 for rows in no sum; ``grad_weight[j] =
     grad[s] · row[index[j]]`` (None without weights), in float32 (float64 for float64).
 
+    Parameters
+    ----------
+    grad_SD
+        ``[S, D]``, in the dtype of the rows.
+    row_nD, offset_S1, index_J, weight_J
+        As for :func:`combine`.
+
+    Raises
+    ------
+    InputError
+        A shape, dtype or device is not allowed.
+
     Examples
     --------
     >>> row_nD, offset_S1 = torch.tensor([[1.0], [10.0]]), torch.tensor([0, 1])
@@ -228,10 +230,12 @@ def combine_backward(
     (tensor([[0.],
             [6.]]), tensor([30.]))
     """
-    _check_rows("grad_SD", grad_SD)
-    _check_rows("row_nD", row_nD)
-    if weight_J is not None:
-        weight_J = weight_J.to(accumulation_dtype(row_nD.dtype))
+    weight_J = _checked_terms(row_nD, offset_S1, index_J, weight_J)
+    expected = (len(offset_S1) - 1, row_nD.shape[1])
+    if tuple(grad_SD.shape) != expected or grad_SD.dtype != row_nD.dtype:
+        given = f"{grad_SD.dtype} of shape {tuple(grad_SD.shape)}"
+        raise InputError(f"grad_SD is {given}; allowed: {row_nD.dtype} of shape {expected}")
+    _check_device(row_nD, grad_SD=grad_SD)
     grad_row_nD, grad_weight_J = torch.ops.tamoe.combine_backward(
         grad_SD, row_nD, offset_S1, index_J, weight_J
     )
@@ -239,6 +243,27 @@ def combine_backward(
 
 
 # ---- checks -------------------------------------------------------------------------------------
+
+
+def _checked_terms(
+    row_nD: torch.Tensor,
+    offset_S1: torch.Tensor,
+    index_J: torch.Tensor,
+    weight_J: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """The weights in the dtype of sums, once everything about the sums is allowed."""
+    _check_rows("row_nD", row_nD)
+    _check_vector("offset_S1", offset_S1, row_nD)
+    _check_vector("index_J", index_J, row_nD)
+    if len(offset_S1) < 1:
+        raise InputError("offset_S1 has no entry; allowed: [S + 1], 0 to J")
+    if weight_J is None:
+        return None
+    if weight_J.shape != index_J.shape or not weight_J.is_floating_point():
+        given = f"{weight_J.dtype} of shape {tuple(weight_J.shape)}"
+        raise InputError(f"weight_J is {given}; allowed: a floating dtype, [{len(index_J)}]")
+    _check_device(row_nD, weight_J=weight_J)
+    return weight_J.to(accumulation_dtype(row_nD.dtype))
 
 
 def _check_rows(name: str, row_nD: torch.Tensor) -> None:

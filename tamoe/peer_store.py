@@ -7,7 +7,7 @@ that the receive buffer holds.
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from tamoe.kernel_calls import KernelCall, library_of
 from tamoe.kernel_library import MAX_PEERS
 from tamoe.peer_memory import allocate
 from tamoe.topology.errors import InputError, KernelError, RankTimeoutError, whole
+from tamoe.waiting import checked_timeout
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -35,10 +36,13 @@ class PeerStore:
     width, dtype, device
         D and what the rows are.
     timeout_s
-        How long the device waits for a peer.
+        How long the device waits for a peer, > 0.
 
     Raises
     ------
+    InputError
+        An argument is not allowed, or ``capacity_rows``, ``width`` or ``dtype`` differ between
+        ranks; the latter on every rank.
     KernelError
         There are no kernels for the device, or its ranks cannot map each other's memory.
     """
@@ -62,8 +66,11 @@ class PeerStore:
         library = library_of(torch.empty(0, device=device))
         if library is None:
             raise KernelError(f"no kernels for {device}: rows cannot be stored into peers' memory")
+        if timeout_s is None:
+            raise InputError("timeout_s is None; allowed: > 0 seconds, since a device cannot ask")
+        self._timeout_ns = int(cast(float, checked_timeout(timeout_s)) * 1e9)
+        _require_equal(self.capacity_rows, self.width, dtype, group)
         self._library = library
-        self._timeout_ns = int(timeout_s * 1e9)
         self._row_bytes = self.width * dtype.itemsize
         header = library.code("peer_header_bytes", self.num_ranks)
         buffer_bytes = self.capacity_rows * self._row_bytes
@@ -168,6 +175,22 @@ class PeerStore:
             )
         if source_n is not None and (source_n.ndim != 1 or source_n.is_floating_point()):
             raise InputError(f"source_n is {source_n.dtype}; allowed: integers, one dim")
-        for name, tensor in (("row_ND", row_ND), ("send_count_P", send_count_P)):
-            if tensor.device != buffer_RD.device:
+        given = ("row_ND", row_ND), ("send_count_P", send_count_P), ("source_n", source_n)
+        for name, tensor in given:
+            if tensor is not None and tensor.device != buffer_RD.device:
                 raise InputError(f"{name} is on {tensor.device}; allowed: {buffer_RD.device}")
+
+
+def _require_equal(
+    capacity_rows: int, width: int, dtype: torch.dtype, group: ProcessGroup | None
+) -> None:
+    """Refuse buffers of different sizes: peers would store beyond the end of the smaller one."""
+    own = f"capacity_rows {capacity_rows}, width {width}, {dtype}"
+    told_P: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(told_P, own, group=group)
+    if len(set(told_P)) > 1:
+        found = "; ".join(f"rank {rank}: {told}" for rank, told in enumerate(told_P))
+        raise InputError(
+            f"capacity_rows, width or dtype differ between the ranks of the node; allowed: the "
+            f"same on all ranks. {found}"
+        )

@@ -72,6 +72,8 @@ def copy_rows_(
     target_m: torch.Tensor | None,
 ) -> None:
     """``out[target[m]] = row[source[m]]``; zeros for a negative source, nothing for a target."""
+    source_m = None if source_m is None else source_m.to(torch.int64)
+    target_m = None if target_m is None else target_m.to(torch.int64)
     if target_m is not None and bool((target_m < 0).any()):
         stored = (target_m >= 0).nonzero().flatten()
         source_m = stored if source_m is None else source_m[stored]
@@ -89,7 +91,6 @@ def copy_rows_(
         else:
             torch.index_select(row_nD, 0, source_m, out=out_MD[: len(source_m)])
         return
-    target_m = target_m.to(torch.int64)
     if source_m is None:
         _store_rows(out_MD, target_m, row_nD[: len(target_m)])
         return
@@ -127,6 +128,7 @@ def combine(
     the first ones, and a few at a time, so that they stay in the CPU's cache.
     """
     wide, narrow = accumulation_dtype(row_nD.dtype), row_nD.dtype
+    offset_S1, index_J = offset_S1.to(torch.int64), index_J.to(torch.int64)
     num_sums, width = len(offset_S1) - 1, row_nD.shape[1]
     length_S, first_S = offset_S1.diff(), offset_S1[:-1]
     if num_sums == 0 or int(length_S.max()) == 0:
@@ -185,14 +187,14 @@ def combine_backward(
     are then in order too.
     """
     wide, device = accumulation_dtype(grad_SD.dtype), grad_SD.device
-    num_rows = len(row_nD)
+    num_rows, offset_S1 = len(row_nD), offset_S1.to(torch.int64)
     first, end = (int(offset) for offset in offset_S1[[0, -1]])
     index_j = index_J[first:end].to(torch.int64)
     sum_j = torch.arange(len(offset_S1) - 1, device=device).repeat_interleave(
         offset_S1.diff(), output_size=end - first
     )
     sum_n = torch.full((num_rows,), -1, device=device).index_copy_(0, index_j, sum_j)
-    grad_row_nD = torch.empty_like(row_nD)
+    grad_row_nD = row_nD.new_empty(row_nD.shape)  # contiguous, whatever the rows are
     unused_n = sum_n < 0
     if weight_J is None:
         copy_rows_(grad_row_nD, grad_SD, sum_n, None)

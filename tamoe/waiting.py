@@ -11,11 +11,15 @@ import torch.distributed as dist
 
 from tamoe.topology.errors import ExchangeError, InputError
 
+MOST_TIMEOUT_S = 10**9  # 31 years; as nanoseconds it fits 64 bits
+
 
 def checked_timeout(timeout_s: float | None) -> float | None:
     """The timeout, if it is allowed."""
-    if timeout_s is not None and not timeout_s > 0:
-        raise InputError(f"timeout_s is {timeout_s!r}; allowed: > 0 seconds, or None")
+    number = isinstance(timeout_s, int | float) and not isinstance(timeout_s, bool)
+    if timeout_s is not None and not (number and 0 < timeout_s <= MOST_TIMEOUT_S):
+        allowed = f"> 0 seconds, at most {MOST_TIMEOUT_S:,}, or None"
+        raise InputError(f"timeout_s is {timeout_s!r}; allowed: {allowed}")
     return timeout_s
 
 

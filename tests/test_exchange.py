@@ -75,6 +75,11 @@ def test_nan_stays_with_its_token_and_dropped_weights_are_not_looked_at():
         ({"index": torch.tensor([[0, -2], [1, 1]])}, "holds -2 to 1; allowed: 0 to 3, or -1"),
         ({"weight": torch.zeros(2, 1)}, r"weight_TK has shape \(2, 1\); allowed: .*\(2, 2\)"),
         ({"weight": torch.zeros(2, 2, dtype=torch.int64)}, "weight_TK is torch.int64"),
+        ({"weight": torch.ones(2, 2, device="meta")}, "weight_TK is on meta; allowed: .* cpu"),
+        (
+            {"index": torch.zeros(2, 2, dtype=torch.int64, device="meta")},
+            "expert_index_TK is on meta; allowed: that of x_TD, cpu",
+        ),
         ({"num_experts": 0}, "num_experts is 0; allowed: a positive multiple"),
     ],
 )
@@ -113,6 +118,25 @@ def test_bad_construction_is_named():
     )
     with pytest.raises(InputError, match=r"row_RD is torch.float64 of shape \(1, 2\); allowed: to"):
         Exchange().combine(row_RD.double(), handle)
+    for timeout_s in (0, -1.0, float("inf"), float("nan"), "60", True):
+        with pytest.raises(InputError, match=r"timeout_s is .*; allowed: > 0 seconds, at most"):
+            Exchange(timeout_s=timeout_s)  # type: ignore[arg-type]
+
+
+def test_what_cannot_go_the_way_of_an_earlier_dispatch():
+    exchange, index_TK = Exchange(), torch.tensor([[1, 0], [1, -1]])
+    _, handle = exchange.dispatch(torch.ones(2, 3), index_TK, num_experts=2)
+    for x_TD, match in (
+        (torch.ones(1, 3), r"x_TD is torch.float32 of shape \(1, 3\); allowed: .* \(2, 3\)"),
+        (torch.ones(2, 3).double(), "x_TD is torch.float64 .* allowed: torch.float32"),
+        (torch.ones(2, 3, requires_grad=True), "requires_grad True; allowed: False"),
+    ):
+        with pytest.raises(InputError, match=match):
+            exchange.dispatch_again(x_TD, handle)
+    with pytest.raises(InputError, match="handle is of another Exchange"):
+        Exchange().dispatch_again(torch.ones(2, 3), handle)
+    _, again = exchange.dispatch_again(torch.ones(2, 3), handle)
+    assert exchange.dispatch_again(torch.ones(2, 3), again)[0].shape == (3, 3)
 
 
 # ---- ranks -------------------------------------------------------------------------------------

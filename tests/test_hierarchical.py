@@ -98,18 +98,40 @@ def experts_of(row_RD: torch.Tensor, expert_R: torch.Tensor) -> torch.Tensor:
     return torch.tanh(row_RD * (1 + expert_R[:, None]).to(row_RD.dtype) * 0.37)
 
 
+def laid_out(values: torch.Tensor, how: int) -> torch.Tensor:
+    """A copy: as usual, by columns, or one number off an aligned address."""
+    if how == 1:
+        return values.t().clone(memory_format=torch.contiguous_format).t()
+    if how == 2:
+        return values.new_empty(values.numel() + 1)[1:].view_as(values).copy_(values)
+    return values.clone()
+
+
+def relaid(row_RD: torch.Tensor, how: int) -> torch.Tensor:
+    """Rows with their graph, by columns where ``how`` is 1."""
+    return row_RD.t().contiguous().t() if how == 1 else row_RD
+
+
 def through(
-    exchange: Exchange, x_TD: torch.Tensor, index: Any, weight: Any, experts: int, grad: Any
+    exchange: Exchange,
+    x_TD: torch.Tensor,
+    index: torch.Tensor,
+    weight: Any,
+    experts: int,
+    grad: Any,
+    how: int = 0,
 ) -> list[torch.Tensor]:
-    """Output, and gradients of tokens and weights."""
-    x_TD = x_TD.clone().requires_grad_()
-    weight = None if weight is None else weight.clone().requires_grad_()
+    """Output, and gradients of tokens and weights; ranks differ in the dtype of their indices."""
+    x_TD = laid_out(x_TD, how).requires_grad_()
+    weight = None if weight is None else laid_out(weight, how).requires_grad_()
+    dtypes = (torch.int64, torch.int32, torch.int16, torch.int8)
+    index = laid_out(index.to(dtypes[exchange.rank % 4]), how)
     row_RD, handle = exchange.dispatch(x_TD, index, weight, num_experts=experts)
     local = exchange.placement_of(experts).experts_PE[exchange.rank]
     counted = zip(local, handle.counts_E, strict=True)
     expert_R = torch.tensor([e for e, n in counted for _ in range(n)], dtype=torch.int64)
-    out_TD = exchange.combine(experts_of(row_RD, expert_R), handle)
-    out_TD.backward(grad)
+    out_TD = exchange.combine(relaid(experts_of(row_RD, expert_R), how), handle)
+    out_TD.backward(laid_out(grad, how))
     assert x_TD.grad is not None
     weights = [] if weight is None else [weight.grad]
     return [row_RD.detach(), out_TD.detach(), x_TD.grad, *weights]
@@ -175,8 +197,8 @@ def compare(group: Any, topology: Topology, seeds: range, chunks: Any = 3) -> in
         given = (x_TD, index, None if seed % 5 == 0 else weight, experts, grad)
         wanted = alone(topology, *given)
         which = exchanges[: 2 + seed % 3]
-        first = through(which[0], *given)
-        for got in [first, *(through(exchange, *given) for exchange in which[1:])]:
+        first, how = through(which[0], *given), seed // 4 % 3
+        for got in [first, *(through(exchange, *given, how) for exchange in which[1:])]:
             assert torch.equal(got[0], first[0])  # rows as the experts see them
             for name, a, b in zip(("out", "grad_x", "grad_weight"), got[1:], wanted, strict=False):
                 assert torch.equal(a, b), f"{name}: seed {seed}, {topology.nodes}, {dtype}"
@@ -222,6 +244,14 @@ def other_uses(rank: int) -> list[str]:
         out_TD = exchange.combine(row_RD * 1.5, handle)
         if name == "combined twice":
             out_TD = out_TD + exchange.combine(row_RD * 0.3, handle)
+        if name == "dispatched again":
+            again_RD, again = exchange.dispatch_again(x_TD.detach() + x_TD, handle)
+            assert again.counts_E == handle.counts_E
+            out_TD = out_TD + exchange.combine(again_RD * 0.3, again)
+        if name == "dispatched anew":
+            given = x_TD.detach() + x_TD, index_TK, weight_TK
+            anew_RD, anew = exchange.dispatch(*given, num_experts=8)
+            out_TD = out_TD + exchange.combine(anew_RD * 0.3, anew)
         out_TD.sum().backward(retain_graph=name == "backward twice")
         if name == "backward twice":
             out_TD.sum().backward()
@@ -236,9 +266,15 @@ def other_uses(rank: int) -> list[str]:
         "backward twice",
     ):
         pairs = list(zip(use("hierarchical", name), use("flat", name), strict=True))
-        same = [a is b if a is None or b is None else torch.equal(a, b) for a, b in pairs]
-        wrong += [] if all(same) else [name]
+        wrong += [] if all(alike(*pair) for pair in pairs) else [name]
+    for kind in ("hierarchical", "flat", "none"):
+        pairs = list(zip(use(kind, "dispatched again"), use(kind, "dispatched anew"), strict=True))
+        wrong += [] if all(alike(*pair) for pair in pairs) else [f"dispatched again, {kind}"]
     return wrong
+
+
+def alike(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)
 
 
 @pytest.mark.ranks

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tamoe import exchange as exchange_module
+from tamoe import planning as planning_module
 from tamoe.agreement import INLINE_COUNTS
 from tamoe.exchange import Exchange
 from tamoe.hierarchical import RelayRoute
@@ -39,6 +39,8 @@ def step(exchange: Exchange, experts: int, weighted: bool, seed: int) -> list[st
     out_RD = experts_of(row_RD, expert_R)
     with host_waits() as later:
         out_TD = exchange.combine(out_RD, handle)
+        again_RD, again = exchange.dispatch_again(x_TD, handle)
+        out_TD = out_TD + exchange.combine(again_RD, again)
         out_TD.backward(torch.ones_like(out_TD))
     assert x_TD.grad is not None and (weight_TK is None or weight_TK.grad is not None)
     if exchange.kind == "hierarchical":
@@ -70,7 +72,11 @@ def in_every_shape(rank: int) -> dict[str, list[str]]:
                 exchanges[f"{name}, placed"] = Exchange(
                     tree(shape), kind="hierarchical", chunks=chunks, placement=[3, 0, 0, 1] * 2
                 )
-            assert all(e._relays.num_levels == levels for e in exchanges.values() if e._groups)
+            assert all(
+                e._planner.relays.num_levels == levels
+                for e in exchanges.values()
+                if e._planner.groups
+            )
             for name, exchange in exchanges.items():
                 for seed in range(2):
                     waits = step(exchange, 8, bool(seed % 2), 10 * seed + rank)
@@ -88,17 +94,17 @@ def test_a_step_waits_for_its_counts_alone() -> None:
         for name, waits in by_name.items():
             wanted = ONE_READ * 2 if name.startswith("many") else ONE_READ
             if ", local" in name:
-                wanted = ["tolist at exchange.py"]
+                wanted = ["tolist at planning.py"]
             assert waits == wanted, name
 
 
 def test_one_rank_waits_once() -> None:
-    assert [w.rpartition(":")[0] for w in step(Exchange(), 4, True, 1)] == ["tolist at exchange.py"]
+    assert [w.rpartition(":")[0] for w in step(Exchange(), 4, True, 1)] == ["tolist at planning.py"]
 
 
 def without_values(rank: int) -> list[str]:
     """Steps on tensors that have no values, with the counts of a real one; those that differ."""
-    differing, real, answers = [], exchange_module.exchange_counts, []
+    differing, real, answers = [], planning_module.exchange_counts, []
 
     def noted(*arguments: Any) -> Any:
         answers.append(real(*arguments))
@@ -120,9 +126,9 @@ def without_values(rank: int) -> list[str]:
     for shape in SHAPES:
         for kind, chunks in (("flat", 1), ("hierarchical", 1), ("hierarchical", 3)):
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(exchange_module, "exchange_counts", noted)
+                patch.setattr(planning_module, "exchange_counts", noted)
                 wanted = sizes("cpu", kind, shape, chunks)
-                patch.setattr(exchange_module, "exchange_counts", lambda *_: answers[-1])
+                patch.setattr(planning_module, "exchange_counts", lambda *_: answers[-1])
                 for name in ("_start", "start_at_once"):  # rows without values cannot travel
                     patch.setattr(Transfer, name, lambda *_: lambda: None)
                 if sizes("meta", kind, shape, chunks) != wanted:

@@ -145,6 +145,41 @@ def test_gather_sums_the_gradient_in_the_order_of_the_index():
     assert not row_nD.grad[[2, 4]].any()
 
 
+@pytest.mark.parametrize("num_rows", [0, 1, 20_000])  # the last is more than build_index sorts
+@pytest.mark.parametrize("native", [False, pytest.param(True, marks=needs_gxx)])
+def test_gather_has_a_gradient_for_any_number_of_rows(native, num_rows):
+    row_nD = torch.randn(num_rows, 3, requires_grad=True)
+    index_m = torch.arange(-2, min(num_rows, 50)).repeat(2)
+    with on_shim() if native else torch.enable_grad():
+        ops.gather_rows(row_nD, index_m).sum().backward()
+    wanted = torch.zeros(num_rows, 3)
+    wanted[:50] = 2
+    assert torch.equal(row_nD.grad, wanted)
+
+
+@pytest.mark.parametrize("native", [False, pytest.param(True, marks=needs_gxx)])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8])
+def test_small_integers_are_indices(native, dtype):
+    row_nD, weight_J = torch.randn(5, 3), torch.rand(300)
+    offset_S1, index_J = torch.tensor([0, 100, 120]), torch.arange(300) % 5
+    source_m, target_m = torch.tensor([4, -1, 0]), torch.tensor([1, 2, -1])
+
+    def results(*indices: torch.Tensor) -> list[torch.Tensor]:
+        offset_S1, index_J, source_m, target_m = indices
+        out_MD = torch.ones(4, 3)
+        ops.copy_rows_(out_MD, row_nD, source_m, target_m)
+        terms = row_nD, offset_S1, index_J[:120], weight_J[:120]
+        first = torch.tensor([0, 5, 5], dtype=offset_S1.dtype), index_J[:5], weight_J[:5]
+        grads = ops.combine_backward(torch.ones(2, 3), row_nD, *first)
+        return [out_MD, ops.gather_rows(row_nD, source_m), ops.combine(*terms), *grads]
+
+    indices = offset_S1, index_J, source_m, target_m
+    with on_shim() if native else torch.enable_grad():
+        small = results(*(index.to(dtype) for index in indices))
+        for got, wanted in zip(small, results(*indices), strict=True):
+            assert same_bits(got, wanted)
+
+
 # ---- sums ---------------------------------------------------------------------------------------
 
 
@@ -232,7 +267,10 @@ def test_opcheck(native):
         "copy_rows_": [(torch.zeros(9, 5), rows, None, torch.tensor([8, 1, 2, 3, 4, 0, 7]))],
         "gather_rows": [(row_nD, torch.tensor([4, 0, 4, -1]))],
         "combine": [(row_nD, offset, index, weight), (row_nD, offset, index, None)],
-        "combine_backward": [(torch.randn(4, 5), rows, offset, index, weight.detach())],
+        "combine_backward": [
+            (torch.randn(4, 5), rows_, offset, index, weight.detach())
+            for rows_ in (rows, rows.t().contiguous().t())
+        ],
     }
     with on_shim() if native else torch.enable_grad():
         for name, calls in cases.items():
@@ -276,6 +314,11 @@ def test_a_gradient_without_strides_is_taken_as_it_is():
 ROWS, INDEX = torch.zeros(3, 4), torch.tensor([0, 1])
 
 
+def back(grad_SD: torch.Tensor, row_nD: torch.Tensor, weight: torch.Tensor | None = None) -> None:
+    """Gradients of one sum of two rows."""
+    ops.combine_backward(grad_SD, row_nD, torch.tensor([0, 2]), INDEX, weight)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -296,6 +339,11 @@ ROWS, INDEX = torch.zeros(3, 4), torch.tensor([0, 1])
         (lambda: ops.combine(ROWS, INDEX, INDEX, ROWS[0]), r"weight_J is .*allowed: .*, \[2\]"),
         (lambda: ops.combine(ROWS, INDEX, INDEX, INDEX), "weight_J is torch.int64 .* floating"),
         (lambda: ops.combine(ROWS, INDEX, INDEX.to("meta")), "index_J is on meta; allowed: .* cpu"),
+        (lambda: back(ROWS[:1], ROWS.half()), "grad_SD is torch.float32 .* allowed: torch.float16"),
+        (lambda: back(ROWS[:1, :2], ROWS), r"grad_SD is .* \(1, 2\); allowed: .* \(1, 4\)"),
+        (lambda: back(ROWS, ROWS), r"grad_SD is .* \(3, 4\); allowed: .* \(1, 4\)"),
+        (lambda: back(ROWS[:1], ROWS, ROWS[0]), r"weight_J is .*allowed: .*, \[2\]"),
+        (lambda: back(ROWS[:1].to("meta"), ROWS), "grad_SD is on meta; allowed: .* cpu"),
     ],
 )
 def test_arguments_that_are_refused(call, message):

@@ -151,12 +151,28 @@ def test_a_buffer_that_is_too_small_is_named_by_every_rank():
         )
 
 
+def unequal_buffers(rank: int) -> str:
+    with on_shim(), pytest.raises(InputError) as caught:
+        PeerStore(None, capacity_rows=3 + rank, width=2, dtype=torch.float32)
+    return str(caught.value)
+
+
+def test_buffers_that_differ_are_refused_on_every_rank():
+    shim()
+    first, second = run_ranks(2, unequal_buffers)
+    assert first == second
+    assert "rank 0: capacity_rows 3, width 2, torch.float32; rank 1: capacity_rows 4" in first
+
+
 def refusals(rank: int) -> None:
     with pytest.raises(KernelError, match="no kernels for cpu"):
         PeerStore(None, capacity_rows=1, width=1, dtype=torch.float32)
     with on_shim():
         with pytest.raises(InputError, match="capacity_rows is -1"):
             PeerStore(None, capacity_rows=-1, width=1, dtype=torch.float32)
+        for timeout_s in (0, -1.0, float("inf"), None):
+            with pytest.raises(InputError, match=r"timeout_s is .*; allowed: > 0 seconds"):
+                PeerStore(None, capacity_rows=1, width=1, dtype=torch.half, timeout_s=timeout_s)
         store = PeerStore(None, capacity_rows=1, width=2, dtype=torch.float32)
         one = torch.ones(1, dtype=torch.int64)
         for row, send, source, message in (
@@ -165,6 +181,7 @@ def refusals(rank: int) -> None:
             (torch.zeros(1, 2), one.int(), None, "send_count_P is torch.int32"),
             (torch.zeros(1, 2), torch.ones(2).long(), None, r"shape \(2,\); allowed: .*, \[1\]"),
             (torch.zeros(1, 2), one, torch.zeros(1), "source_n is torch.float32"),
+            (torch.zeros(1, 2), one, one.to("meta"), "source_n is on meta; allowed: cpu"),
         ):
             with pytest.raises(InputError, match=message):
                 store.exchange(row, send, source)
