@@ -265,6 +265,8 @@ class Exchange:
             num_experts=num_experts,
             hidden_size=header.hidden_size,
             dtype=x_TD.dtype,
+            device=x_TD.device,
+            grad_enabled=torch.is_grad_enabled(),
             requires_grad=header.requires_grad,
             sent_counts_N=tuple(sent_N),
             received_counts_PE=tuple(tuple(counts[:num_local]) for counts in received_PE),
@@ -282,7 +284,8 @@ class Exchange:
         Parameters
         ----------
         x_TD
-            ``[T, D]``, of the shape, dtype and need for gradients of the dispatch before.
+            ``[T, D]``, of the shape, dtype, device and need for gradients of the dispatch before,
+            with gradients switched on or off as there.
         handle
             From that dispatch of this exchange. Its weights keep their graph: run one backward
             pass for all that use it, or retain the graph.
@@ -295,8 +298,7 @@ class Exchange:
         Raises
         ------
         InputError
-            On this rank alone: shape, dtype or need for gradients differ, or the handle is of
-            another exchange.
+            On this rank alone: one of these differs, or the handle is of another exchange.
 
         Examples
         --------
@@ -352,7 +354,11 @@ class Exchange:
 
     def _refuse(self, header: Header, device: torch.device) -> None:
         """Raise the header's problem, after telling the other ranks of the group."""
-        if self._mover.group is not None:
+        group = self._mover.group
+        if group is not None:
+            by_gloo = works_by_gloo(group)
+            if device.type not in ("cpu", "cuda") or (device.type == "cpu" and not by_gloo):
+                device = torch.device("cpu" if by_gloo else "cuda")  # where the group works
             nothing_PW = torch.zeros(self.num_ranks, 1, dtype=torch.int64, device=device)
             exchange_counts(header, nothing_PW, nothing_PW[0], self._mover)
         raise InputError(header.problem)

@@ -29,7 +29,9 @@ class Handle:
     num_experts: int
     hidden_size: int
     dtype: torch.dtype
-    requires_grad: bool  # of the tokens, the same on all ranks
+    device: torch.device
+    grad_enabled: bool
+    requires_grad: bool  # of the tokens where gradients were on, the same on all ranks
     sent_counts_N: tuple[int, ...]  # rows of this rank for each expert, as routed
     received_counts_PE: tuple[tuple[int, ...], ...]  # rows by source rank and local expert
     route: FlatRoute | RelayRoute  # how the rows travel
@@ -106,11 +108,18 @@ def again_problem(x_TD: torch.Tensor, handle: Handle) -> str | None:
             f"x_TD is {x_TD.dtype} of shape {tuple(x_TD.shape)}; allowed: {handle.dtype} of shape "
             f"{expected}, as in the dispatch that gave the handle"
         )
-    requires_grad = torch.is_grad_enabled() and x_TD.requires_grad
-    if requires_grad != handle.requires_grad:
+    if x_TD.device != handle.device:
+        return f"x_TD is on {x_TD.device}; allowed: {handle.device}, as in that dispatch"
+    if torch.is_grad_enabled() != handle.grad_enabled:
+        now, then = ("off", "on") if handle.grad_enabled else ("on", "off")
         return (
-            f"x_TD has requires_grad {requires_grad}; allowed: {handle.requires_grad}, as in the "
-            f"dispatch that gave the handle: ranks agreed on it there"
+            f"gradients are {now} (torch.is_grad_enabled); allowed: {then}, as in the dispatch "
+            f"that gave the handle: its weights may need some"
+        )
+    if (handle.grad_enabled and x_TD.requires_grad) != handle.requires_grad:
+        return (
+            f"x_TD has requires_grad {x_TD.requires_grad}; allowed: {handle.requires_grad}, as in "
+            f"the dispatch that gave the handle: ranks agreed on it there"
         )
     return None
 

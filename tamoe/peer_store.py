@@ -7,6 +7,7 @@ that the receive buffer holds.
 from __future__ import annotations
 
 import ctypes
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -69,7 +70,9 @@ class PeerStore:
         if timeout_s is None:
             raise InputError("timeout_s is None; allowed: > 0 seconds, since a device cannot ask")
         self._timeout_ns = int(cast(float, checked_timeout(timeout_s)) * 1e9)
-        _require_equal(self.capacity_rows, self.width, dtype, group)
+        on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        with on_device:  # NCCL gathers there
+            _require_equal(self.capacity_rows, self.width, dtype, group)
         self._library = library
         self._row_bytes = self.width * dtype.itemsize
         header = library.code("peer_header_bytes", self.num_ranks)

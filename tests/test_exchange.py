@@ -130,9 +130,12 @@ def test_what_cannot_go_the_way_of_an_earlier_dispatch():
         (torch.ones(1, 3), r"x_TD is torch.float32 of shape \(1, 3\); allowed: .* \(2, 3\)"),
         (torch.ones(2, 3).double(), "x_TD is torch.float64 .* allowed: torch.float32"),
         (torch.ones(2, 3, requires_grad=True), "requires_grad True; allowed: False"),
+        (torch.ones(2, 3, device="meta"), r"x_TD is on meta; allowed: cpu"),
     ):
         with pytest.raises(InputError, match=match):
             exchange.dispatch_again(x_TD, handle)
+    with torch.no_grad(), pytest.raises(InputError, match=r"gradients are off .* allowed: on"):
+        exchange.dispatch_again(torch.ones(2, 3), handle)
     with pytest.raises(InputError, match="handle is of another Exchange"):
         Exchange().dispatch_again(torch.ones(2, 3), handle)
     _, again = exchange.dispatch_again(torch.ones(2, 3), handle)
@@ -200,8 +203,10 @@ def refusals(topology: Topology) -> list[str]:
         weighted: bool = True,
         schedule: Any = "auto",
         ndim: int = 2,
+        device: str = "cpu",
     ) -> None:
-        x_TD = torch.ones([3] * (ndim - 1) + [hidden_size], dtype=dtype, requires_grad=grad)
+        shape = [3] * (ndim - 1) + [hidden_size]
+        x_TD = torch.ones(shape, dtype=dtype, device=device, requires_grad=grad)
         index_TK = torch.full((3, top_k), index)
         weight_TK = torch.ones(3, top_k) if weighted else None
         chosen = exchange if schedule == "auto" else Exchange(topology, schedule=schedule)
@@ -219,6 +224,7 @@ def refusals(topology: Topology) -> list[str]:
         {"weighted": False},
         {"schedule": "single"},
         {"ndim": 3},
+        {"device": "meta"},
     ]
     told = []
     for change in changes:
@@ -301,11 +307,13 @@ def test_a_rank_that_differs_is_named_on_every_rank(answers):
         f"weight_TK differs .*: given on {others}; None on rank 2",
         f"exchange differs .*: layout .* on {others}; layout .* on rank 2",
         "rank 2 of the group refused its input",
+        "rank 2 of the group refused its input",
     ]
     own = {
         5: "num_experts is 12; allowed: a positive multiple",
         6: "expert_index_TK holds 8 to 8; allowed: 0 to 7",
         10: "x_TD is torch.float32 of shape",
+        11: "expert_index_TK is on cpu; allowed: that of x_TD, meta",
     }
     for rank, answer in enumerate(answers):
         for number, (match, text) in enumerate(zip(expected, answer["told"], strict=True)):

@@ -64,6 +64,7 @@ def traffic(rank: int, shape: str, tokens: int) -> dict[str, list[int]]:
                 ),
             )
             counted(f"{kind} combine", lambda e=exchange, r=row_RD, h=handle: e.combine(r, h))
+    seen["whole run"] = [interface_bytes()[0]]
     return seen
 
 
@@ -161,6 +162,11 @@ def test_received_bytes_are_those_of_the_model(
     run = run_ranks_with_report(f"{shape}:{rates}", traffic, shape, tokens, timeout_s=200)
     assert run.network is not None and run.network.dropped_packets == 0
     topology, wanted = tree(shape), model(shape, tokens)
+    # A second count of the same bytes: the link's bucket counts the headers of all 1,448 bytes.
+    for node, ranks in enumerate(topology.nodes):
+        wire = sum(link.bytes for link in run.network.links if link.target == f"nic{node}")
+        (seen,) = run.results[ranks[0]]["whole run"]
+        assert wire * 1448 / 1514 == pytest.approx(seen, rel=0.02), (node, wire, seen)
     received = {}
     for name, bytes_M in wanted.items():
         seen_M = np.array(
