@@ -18,7 +18,7 @@ from tamoe.schedules import Transfer, Waiting
 from tamoe.topology import RankError, Topology, ranks, run_ranks
 
 TIMEOUT_S = 3.0
-REPETITIONS = int(os.environ.get("TAMOE_FAULTS", "1"))  # of each case; 50 in all are 6 of each
+REPETITIONS = int(os.environ.get("TAMOE_FAULTS", "1"))  # of each of 30 cases
 VICTIM = 3
 
 
