@@ -26,7 +26,8 @@ class Constants:
     message_s
         Seconds, >= 0, of a rank for each message that it sends or gets.
     work_s_per_byte
-        Seconds of a rank for each byte that it sends or gets, in whichever way.
+        Seconds of a rank for each byte that it sends or gets, in whichever way; what it keeps
+        counts once.
     work_s_per_token_byte
         Seconds of a rank for each byte of its own tokens, whatever becomes of them.
     crossing_share

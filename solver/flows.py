@@ -52,7 +52,7 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Timeline:
-    """When everything has ended, and how long each link was busy."""
+    """When everything has ended, and seconds that each link needs at its rate, less bursts."""
 
     time_s: float
     busy_L: np.ndarray
@@ -125,7 +125,7 @@ def run_steps(
         empties_s = credit_L[over_L] / (load_L - bandwidth_L)[over_L]
         step_s = min([*waits, *ends_s, *empties_s], default=np.inf)
         assert np.isfinite(step_s), "flows whose ends are never in the same step"
-        busy_L += step_s * (load_L > 0)
+        busy_L += step_s * np.minimum(load_L / bandwidth_L, 1.0)
         spare_L = bandwidth_L - load_L
         spare_L[np.abs(spare_L) <= 2 * TOGETHER * bandwidth_L] = 0.0  # full, whatever rounding says
         credit_L = np.clip(credit_L + step_s * spare_L, 0.0, burst_L)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from tamoe.cases import Case, Groups, make_case, routing
+from tamoe.cases import Case, Groups, inside_case, make_case, routing
 from tamoe.exchange import Exchange
 from tamoe.groups import works_by_gloo
 from tamoe.progress import Count, Progress
@@ -33,6 +33,9 @@ from tamoe.topology.graph import Topology
 # Seconds that the busiest link is to be busy, and experts of each token.
 CALIBRATED_ON = ((0.1, 8), (0.25, 2))
 CALIBRATION = ("even", "uneven", "local 8", "local 64", "one-hot")
+# Tokens of each rank whose rows all stay inside their node, and experts of each. Without them
+# nothing tells work on bytes from what rounds between nodes lose.
+INSIDE = ((1024, 8), (4096, 2))
 REPETITIONS = 9
 
 
@@ -43,7 +46,7 @@ def calibration_cases(topology: Topology) -> list[Case]:
     cases = [make_case(topology, groups, name, *on, seed=1) for name, on in sized]
     # Next to nothing, and so much that the links alone decide.
     ends = [make_case(topology, groups, "even", *on, seed=1) for on in ((0.001, 1), (0.5, 2))]
-    return [*ends, *cases]
+    return [*ends, *cases, *(inside_case(topology, *on) for on in INSIDE)]
 
 
 def calibrate(

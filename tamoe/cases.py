@@ -70,6 +70,31 @@ def make_case(
     return sized(topology, groups, f"{name}, {link_s:.2g} s, top-{top_k}", weight_pN, link_s, top_k)
 
 
+def inside_case(topology: Topology, tokens: int, top_k: int) -> Case:
+    """Even routing among the experts of a token's own node: nothing crosses links between nodes.
+
+    Parameters
+    ----------
+    topology
+        The cluster; all its ranks are one group.
+    tokens
+        Of each rank.
+    top_k
+        Experts of each token; fewer where the smallest node has fewer.
+
+    Examples
+    --------
+    >>> topology = Topology.from_tree("2x1", bandwidth_bytes_per_s=(1e9, 1e7))
+    >>> inside_case(topology, 100, 2).weight_pN.tolist()
+    [[1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0]]
+    """
+    node_of = np.array(topology.node_of)
+    near_N = node_of.repeat(EXPERTS_PER_RANK)
+    top_k = min(top_k, EXPERTS_PER_RANK * min(map(len, topology.nodes)))
+    weight_pN = 1.0 * (near_N[None, :] == node_of[:, None])
+    return Case(f"inside, {tokens} tokens, top-{top_k}", tokens, top_k, HIDDEN_SIZE, weight_pN)
+
+
 def sized(
     topology: Topology,
     groups: Groups,

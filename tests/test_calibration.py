@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from tamoe import calibration
-from tamoe.calibration import calibrate, measure
-from tamoe.cases import HIDDEN_SIZE, make_case, routing
+from tamoe.calibration import calibrate, calibration_cases, measure
+from tamoe.cases import EXPERTS_PER_RANK, HIDDEN_SIZE, make_case, routing
 from tamoe.solver import Workload
 from tamoe.solver.choice import choose_exchange
 from tamoe.solver.constants import Constants, read_constants
@@ -92,6 +92,19 @@ def test_a_fit_refuses_fewer_times_than_constants() -> None:
         InputError, match="measured has 1 times of flat single dispatch; allowed: 5"
     ):
         fit(TREE, timed(TREE, 100, 2, 0.0, 0), None)
+
+
+@pytest.mark.parametrize("spec", ["4x2:100mbit", "[3,1]:100mbit"])
+def test_some_routings_to_fit_to_leave_the_links_between_nodes_alone(spec: str) -> None:
+    topology = ClusterSpec.parse(spec).topology()
+    node_N = np.array(topology.node_of).repeat(EXPERTS_PER_RANK)
+    stays = []
+    for seed, case in enumerate(calibration_cases(topology)):
+        index = [routing(case, rank, seed) for rank in range(topology.num_ranks)]
+        assert all(len(index_TK) == case.tokens for index_TK in index)
+        nodes = zip(topology.node_of, index, strict=True)
+        stays.append(all((node_N[index_TK] == node).all() for node, index_TK in nodes))
+    assert stays == [False] * (len(stays) - 2) + [True] * 2
 
 
 CLUSTER = ClusterSpec.parse("2x1:200mbit")
