@@ -6,12 +6,11 @@ Run it (about an hour on two cores; ``--quick`` for one small cluster)::
 
 On each cluster every exchange runs on some routings, in turns. Constants are fitted on even,
 uneven, local and one-hot ones, and on two that stay inside nodes; what is scored are other draws,
-other sizes, another locality,
-routing after a plan's target, sizes of two decades on 4x2, and several expert-parallel groups at
-the same time, for which nothing was fitted. Only times of at least 5 ms that have at least 1 MB on
-the busiest link are scored, since an idle token bucket hides less, and only where no packet was
-dropped on the cluster. It is also counted how often the exchange that the model prefers is within
-5 % of the fastest, on routings of which one exchange is scored.
+other sizes, another locality, routing after a plan's target, sizes of two decades on 4x2, and
+several expert-parallel groups at the same time, for which nothing was fitted. Only times of at
+least 5 ms that have at least 1 MB on the busiest link are scored, since an idle token bucket hides
+less, and only where no packet was dropped on the cluster. It is also counted how often the exchange
+that the model prefers is within 5 % of the fastest, on routings of which one exchange is scored.
 """
 
 from __future__ import annotations
