@@ -60,9 +60,7 @@ def make_case(
     if name == "uneven":
         weight_pN = np.exp(1.5 * generator.normal(size=weight_pN.shape))
     elif name.startswith("local"):
-        near_N = np.array([local.node_of[e // EXPERTS_PER_RANK] for e in range(num_experts)])
-        same_pN = near_N[None, :] == np.array(local.node_of)[:, None]
-        weight_pN = np.where(same_pN, float(name.split()[1]), 1.0)
+        weight_pN = np.where(_near(local), float(name.split()[1]), 1.0)
     elif name == "one-hot":
         weight_pN = np.tile(1.0 * (np.arange(num_experts) < top_k), (local.num_ranks, 1))
     elif name == "empty":
@@ -88,11 +86,15 @@ def inside_case(topology: Topology, tokens: int, top_k: int) -> Case:
     >>> inside_case(topology, 100, 2).weight_pN.tolist()
     [[1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0]]
     """
-    node_of = np.array(topology.node_of)
-    near_N = node_of.repeat(EXPERTS_PER_RANK)
     top_k = min(top_k, EXPERTS_PER_RANK * min(map(len, topology.nodes)))
-    weight_pN = 1.0 * (near_N[None, :] == node_of[:, None])
-    return Case(f"inside, {tokens} tokens, top-{top_k}", tokens, top_k, HIDDEN_SIZE, weight_pN)
+    name = f"inside, {tokens} tokens, top-{top_k}"
+    return Case(name, tokens, top_k, HIDDEN_SIZE, 1.0 * _near(topology))
+
+
+def _near(local: Topology) -> np.ndarray:
+    """Whether each expert is on the node of each rank, ``[p, N]``."""
+    node_p = np.array(local.node_of)
+    return node_p[:, None] == node_p.repeat(EXPERTS_PER_RANK)[None, :]
 
 
 def sized(

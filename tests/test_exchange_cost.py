@@ -207,7 +207,7 @@ def test_part_of_the_work_on_tokens_is_done_while_rows_are_under_way():
         assert time_s == pytest.approx(links_s + 1.0)
     # Of two parts, one is planned or added up while the other is on the link; a dispatch plans half
     # of both before its first rows.
-    for way, (links_s, whole_s) in times.items():
+    for way, (links_s, _) in times.items():
         parts = dataclasses.replace(rows, told=way == "dispatch", parts=(0.5, 0.5))
         for much in (1.0, 1e-2):  # work takes longer than links, or less
             given = Constants(work_s_per_token_byte=much * 1e-6)
@@ -216,7 +216,6 @@ def test_part_of_the_work_on_tokens_is_done_while_rows_are_under_way():
             each_s = (1 - alone) * much / 2  # of a part, beside the other's rows
             expected = alone * much + links_s / 2 + max(each_s, links_s / 2) + each_s
             assert found.time_s == pytest.approx(expected, rel=1e-3)
-        assert whole_s == pytest.approx(links_s + 1.0)
 
 
 def test_rows_that_a_rank_keeps_cost_half_of_those_it_sends_and_gets():
@@ -346,8 +345,8 @@ def test_combine_mirrors_dispatch_in_time():
     topology = tree("2x2")
     rows = random_rows(topology, 3)["hierarchical", "combine"]  # as many bytes both ways
     parted = dataclasses.replace(rows, parts=part_shares(4))
-    constants = Constants(work_s_per_byte=5e-8)
+    constants = Constants(work_s_per_byte=2e-7 / 3)
     times = [predict(topology, "hierarchical", way, [parted], constants).time_s for way in WAYS]
-    assert times[1] == pytest.approx(times[0], rel=0.04)
+    assert times[1] == pytest.approx(times[0], rel=0.03)
     bare_s = predict(topology, "hierarchical", "combine", [parted], Constants()).time_s
     assert times[1] > 1.02 * bare_s  # the work shows

@@ -224,11 +224,11 @@ def on_all_shapes(rank: int, routings: int) -> int:
         compare(strided, tree("2x2"), range(8))
         compare(strided, tree("2x4").subset([1, 3, 4, 7]), range(8))
     for groups in (((0, 2, 4, 6), (1, 3, 5, 7)), ((0, 1, 2, 3), (4, 5, 6, 7)), ((0, 3, 6), (1, 2))):
-        at_once(rank, "4x2", groups)
+        compare_groups(rank, "4x2", groups)
     return done
 
 
-def at_once(rank: int, shape: str, groups: tuple[tuple[int, ...], ...]) -> None:
+def compare_groups(rank: int, shape: str, groups: tuple[tuple[int, ...], ...]) -> None:
     """Every group compares routings of its own while the others do, at its own pace."""
     handles = [dist.new_group(list(members)) for members in groups]
     for number, (members, group) in enumerate(zip(groups, handles, strict=True)):
