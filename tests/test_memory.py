@@ -64,7 +64,7 @@ def test_a_peak_is_that_of_the_call_alone() -> None:
 
 @pytest.mark.slow
 @pytest.mark.ranks
-@pytest.mark.parametrize(("tree", "top_k"), [("2x4", 8)])
+@pytest.mark.parametrize(("tree", "top_k"), [("2x4", 8), ("4x2", 2), ("[[2,2],[2,2]]", 8)])
 def test_an_exchange_takes_little_more_memory_than_its_tensors(tree: str, top_k: int) -> None:
     peaks = run_ranks(
         8, measure, tree, Setting(2**15 // top_k, top_k, "even", 8, 512), timeout_s=200
