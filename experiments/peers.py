@@ -44,7 +44,7 @@ SCHEMA, SCHEMA_VERSION = "tamoe.experiment.peers", "1.0"
 _TIMEOUT_S = 900.0
 _INSTALL = {
     "mpi": "apt install openmpi-bin && pip install mpi4py",
-    "deepspeed": "pip install --no-deps deepspeed==0.19.6 && pip install hjson einops msgpack "
+    "deepspeed": "pip install --no-deps deepspeed==0.19.8 && pip install hjson einops msgpack "
     "ninja psutil py-cpuinfo pydantic tqdm",
     "tutel": "pip install --no-build-isolation git+https://github.com/microsoft/Tutel@ac0e51b",
 }
