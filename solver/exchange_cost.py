@@ -216,17 +216,22 @@ def predict(
     if constants is None:
         constants = read_constants(topology).get((exchange, way), Constants())
     steps_P: list[list[Step]] = [[] for _ in range(topology.num_ranks)]
-    work = _Work(constants, groups, topology.num_ranks)
     for rows in groups:
         local = topology.subset(rows.ranks)
         plan = _flat_steps if exchange.startswith("flat") else _relayed_steps
         in_rounds = exchange != "flat single"
+        work = _Work(constants, rows, topology.num_ranks)
         for place, steps in enumerate(plan(local, rows, way, work, in_rounds)):
             steps_P[rows.ranks[place]] = steps
     if topology.num_ranks <= MOST_RANKS:
-        line = run_steps(topology, steps_P, crossing_share=constants.crossing_share)
+        line = run_steps(
+            topology,
+            steps_P,
+            crossing_share=constants.crossing_share,
+            at_once=constants.at_once,
+        )
     else:
-        line = run_steps_together(topology, steps_P)
+        line = run_steps_together(topology, steps_P, at_once=constants.at_once)
     busy = zip(topology.links, line.busy_L.tolist(), strict=True)
     largest = max((len(rows.ranks) for rows in groups), default=0)
     # Half of it is a rank's own planning, half grows with the ranks that it tells its counts to.
@@ -238,39 +243,37 @@ def predict(
 
 
 class _Work:
-    """Seconds of a rank's own work on rows that it sends and gets, where ranks share cores."""
+    """Seconds of a core that each rank of a group works on rows that it sends and gets."""
 
-    def __init__(self, constants: Constants, groups: Sequence[Rows], num_ranks: int) -> None:
-        self._groups, self._per_byte = groups, constants.work_s_per_byte
+    def __init__(self, constants: Constants, rows: Rows, num_ranks: int) -> None:
+        self._rows, self._per_byte = rows, constants.work_s_per_byte
         self._per_token_byte = constants.work_s_per_token_byte
         self._message_s, self.num_ranks = constants.message_s, num_ranks
-        self._num_groups = len(groups)
-        self._at_once = min(constants.at_once or num_ranks, num_ranks)
+        self._rounds_ahead = constants.rounds_ahead
 
-    def rows_s(self, hop: int) -> float:
-        """For all rows of a hop; those that a rank keeps count once."""
-        hops_pp = [rows.hops_pp[hop] for rows in self._groups]
-        return self._per_byte * self._slowest(
-            [hop_pp.sum(0) + hop_pp.sum(1) - hop_pp.diagonal() for hop_pp in hops_pp]
-        )
+    def rows_s(self, hop: int) -> np.ndarray:
+        """For all rows of a hop, ``[p]``; those that a rank keeps count once."""
+        hop_pp = self._rows.hops_pp[hop]
+        return self._per_byte * (hop_pp.sum(0) + hop_pp.sum(1) - hop_pp.diagonal())
 
-    def tokens_s(self) -> float:
-        """For all tokens, whatever becomes of them."""
-        return self._per_token_byte * self._slowest([rows.token_bytes_p for rows in self._groups])
+    def tokens_s(self) -> np.ndarray:
+        """For all tokens, whatever becomes of them, ``[p]``."""
+        token_bytes_p = np.array(self._rows.token_bytes_p or [0.0] * len(self._rows.ranks))
+        return self._per_token_byte * token_bytes_p
 
-    def _slowest(self, groups: Sequence[Sequence[float]]) -> float:
-        """The most that a rank has, or that the cores have which all ranks share."""
-        each = [0.0, *itertools.chain.from_iterable(groups)]
-        return max(max(each), sum(each) / self._at_once)
+    def messages_s(self, flows_p: Iterable[Flows]) -> np.ndarray:
+        """For the messages of one step, at both ends, ``[p]``."""
+        place_of = {rank: place for place, rank in enumerate(self._rows.ranks)}
+        count_p = np.zeros(len(place_of))
+        for source, target, _ in itertools.chain.from_iterable(flows_p):
+            count_p[place_of[source]] += 1
+            count_p[place_of[target]] += 1
+        return self._message_s * count_p
 
-    def messages_s(self, flows_P: Iterable[Flows]) -> float:
-        """For the messages of one step of a group, at both ends; other groups have as many."""
-        count_P = [0] * self.num_ranks
-        for source, target, _ in itertools.chain.from_iterable(flows_P):
-            count_P[source] += 1
-            count_P[target] += 1
-        all_groups = self._num_groups * sum(count_P)
-        return self._message_s * max(max(count_P), all_groups / self._at_once)
+    def ahead(self, number: int, num_rounds: int) -> tuple[int, int]:
+        """Rounds that rows of a round may come early and be late."""
+        late = min(self._rounds_ahead, num_rounds - 1 - number)
+        return number if self._rounds_ahead else 0, late
 
 
 def _flat_steps(
@@ -285,14 +288,18 @@ def _flat_steps(
         moves[-1] = [(*far, *inside) for far, inside in zip(moves[-1], near, strict=True)]
     else:
         moves = [_between(local, bytes_pp, rows.ranks, lambda step: True)]
-    messages_s = [work.messages_s(flows_p) * len(rows.parts) / slices for flows_p in moves]
-    half_s = (work.rows_s(0) + work.tokens_s()) / 2
-    packing, adding_up = Step(work_s=half_s / slices), Step(work_s=half_s)
-    after_slice, after_all = ([packing], []) if way == "dispatch" else ([], [adding_up])
+    each = len(rows.parts) / slices
+    message_sp = [(each * work.messages_s(flows_p)).tolist() for flows_p in moves]
+    half_sp = ((work.rows_s(0) + work.tokens_s()) / 2).tolist()
     steps_p = []
-    for flows in zip(*moves, strict=True):
-        sending = [Step(*step) for step in zip(flows, messages_s, strict=True)]
-        steps_p.append([packing, *sending, *after_slice] * slices + after_all)
+    for place, half_s in enumerate(half_sp):
+        packing, adding_up = Step(work_s=half_s / slices), Step(work_s=half_s)
+        after_slice, after_all = ([packing], []) if way == "dispatch" else ([], [adding_up])
+        rounds = [
+            Step(flows_p[place], message_p[place], *work.ahead(number, len(moves)), each)
+            for number, (flows_p, message_p) in enumerate(zip(moves, message_sp, strict=True))
+        ]
+        steps_p.append([packing, *rounds, *after_slice] * slices + after_all)
     return steps_p
 
 
@@ -302,13 +309,13 @@ def _relayed_steps(
     """Parts in turns between nodes; what one leaves to do inside nodes goes on beside the next."""
     parts = list(rows.parts)
     *between, inside_pp = rows.hops_pp
-    inside_s = work.rows_s(len(rows.hops_pp) - 1)
+    inside_sp = work.rows_s(len(rows.hops_pp) - 1)
     if way == "combine":
-        inside_s += work.tokens_s()  # for sums
+        inside_sp = inside_sp + work.tokens_s()  # for sums
         parts.reverse()
         between, inside_pp = [hop_pp.T for hop_pp in reversed(between)], inside_pp.T
     else:
-        inside_s += (1 - PLANNED_FIRST) * work.tokens_s()
+        inside_sp = inside_sp + (1 - PLANNED_FIRST) * work.tokens_s()
     order = turns(len(parts), len(between))
     seen = [0] * len(parts)
     steps_p: list[list[Step]] = [[] for _ in rows.ranks]
@@ -316,20 +323,20 @@ def _relayed_steps(
         _between(local, inside_pp * share, rows.ranks, lambda step: step == 0) for share in parts
     ]
 
-    def beside(part: int | None) -> tuple[float, list[Flows]]:
+    def beside(part: int | None) -> tuple[np.ndarray, list[Flows]]:
         if part is None:
-            return 0.0, [()] * len(rows.ranks)
-        return inside_s * parts[part] + work.messages_s(inside[part]), inside[part]
+            return np.zeros(len(rows.ranks)), [()] * len(rows.ranks)
+        return inside_sp * parts[part] + work.messages_s(inside[part]), inside[part]
 
-    def add(flows: Sequence[Flows], part: int | None) -> None:
-        work_s, near = beside(part)
-        work_s += work.messages_s(flows)
+    def add(flows: Sequence[Flows], part: int | None, ahead: tuple[int, int] = (0, 0)) -> None:
+        work_sp, near = beside(part)
+        work_sp = work_sp + work.messages_s(flows)
         if rows.told:  # positions go along with the rows that they are about, weights at first
-            work_s += work.messages_s(flows)
+            work_sp = work_sp + work.messages_s(flows)
             if way == "dispatch" and len(steps_p[0]) == 1:  # right behind the plan
-                work_s += work.messages_s(weights)
+                work_sp = work_sp + work.messages_s(weights)
         for place, steps in enumerate(steps_p):
-            steps.append(Step((*flows[place], *near[place]), work_s))
+            steps.append(Step((*flows[place], *near[place]), float(work_sp[place]), *ahead))
 
     nothing: list[Flows] = [()] * len(rows.ranks)
     weights = [
@@ -337,20 +344,22 @@ def _relayed_steps(
         for source, num_bytes in zip(rows.ranks, rows.token_bytes_p, strict=False)
     ]
     if way == "combine":
-        add(nothing, 0)
+        for part in range(1 if order else len(parts)):
+            add(nothing, part)
     else:
-        for steps in steps_p:
-            steps.append(Step(work_s=PLANNED_FIRST * work.tokens_s()))
+        for steps, token_s in zip(steps_p, work.tokens_s().tolist(), strict=True):
+            steps.append(Step(work_s=PLANNED_FIRST * token_s))
     arrived: int | None = None
     for turn, part in enumerate(order):
         hop = seen[part]
         seen[part] += 1
-        ahead = order[turn + 1] if turn + 1 < len(order) else None
-        other = arrived if way == "dispatch" else ahead
+        following = order[turn + 1] if turn + 1 < len(order) else None
+        other = arrived if way == "dispatch" else following
         if other is not None and way == "combine" and seen[other]:
             other = None  # its rows have left the node already
-        for number, flows_p in enumerate(_rounds(local, between[hop] * parts[part], rows.ranks)):
-            add(flows_p, other if number == 0 else None)
+        rounds = _rounds(local, between[hop] * parts[part], rows.ranks)
+        for number, flows_p in enumerate(rounds):
+            add(flows_p, other if number == 0 else None, work.ahead(number, len(rounds)))
         arrived = part if seen[part] == len(between) else None
     if way == "dispatch":
         for left in [arrived] if order else range(len(parts)):

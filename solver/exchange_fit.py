@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
 
-from tamoe.solver.constants import Constants
+from tamoe.solver.constants import ROUNDS_AHEAD, Constants
 from tamoe.solver.exchange_cost import EXCHANGES, WAYS, Exchange, Rows, Way, predict
 from tamoe.topology.errors import InputError
 from tamoe.topology.graph import Topology
@@ -41,6 +41,8 @@ class Measured:
         What each group moved.
     spread
         Range of the middle half of the runs, as a share of the median.
+    runs
+        How many the median is of.
     """
 
     case: str
@@ -49,6 +51,7 @@ class Measured:
     seconds: float
     groups: tuple[Rows, ...]
     spread: float = 0.0
+    runs: int = 1
 
 
 def fit(
@@ -57,6 +60,7 @@ def fit(
     at_once: int | None,
     keys: Iterable[Key] = KEYS,
     progress: Callable[[], None] | None = None,
+    rounds_ahead: int = ROUNDS_AHEAD,
 ) -> Mapping[tuple[str, str], Constants]:
     """Constants whose predictions are nearest to what was measured, in relative terms.
 
@@ -69,12 +73,14 @@ def fit(
     measured
         Times; at least five cases of each of ``keys``.
     at_once
-        Ranks that can work at the same time: the cores of an emulated cluster, None for a real
-        one, where ranks have cores of their own.
+        Cores that all ranks share: those of an emulated cluster's machine; None for a real cluster,
+        where ranks have cores of their own.
     keys
         Exchanges and ways to fit.
     progress
         Called before each of at most ``MOST_STEPS`` steps for each key.
+    rounds_ahead
+        Of the constants: 0 where the transport takes no rows early.
 
     Returns
     -------
@@ -105,14 +111,15 @@ def fit(
                 f"measured has {len(mine)} times of {' '.join(key)}; "
                 f"allowed: {len(_START)} or more, one for each constant"
             )
-        fitted[key] = _fit_one(topology, mine, at_once, progress)
+        given = Constants(at_once=at_once, rounds_ahead=rounds_ahead)
+        fitted[key] = _fit_one(topology, mine, given, progress)
     return fitted
 
 
 def _fit_one(
     topology: Topology,
     measured: Sequence[Measured],
-    at_once: int | None,
+    given: Constants,
     progress: Callable[[], None] | None,
 ) -> Constants:
     from scipy.optimize import least_squares
@@ -122,14 +129,19 @@ def _fit_one(
 
     def constants(values: np.ndarray) -> Constants:
         start_ms, message_ms, work_ns, token_ns, share = [*values.tolist(), 1.0][: len(_START)]
-        return Constants(
-            start_ms / 1e3, message_ms / 1e3, work_ns / 1e9, token_ns / 1e9, share, at_once
+        return replace(
+            given,
+            start_s=start_ms / 1e3,
+            message_s=message_ms / 1e3,
+            work_s_per_byte=work_ns / 1e9,
+            work_s_per_token_byte=token_ns / 1e9,
+            crossing_share=share,
         )
 
     def log_ratios(values: np.ndarray) -> np.ndarray:
-        given = constants(values)
+        found = constants(values)
         ratios = [
-            predict(topology, one.exchange, one.way, one.groups, given).time_s / one.seconds
+            predict(topology, one.exchange, one.way, one.groups, found).time_s / one.seconds
             for one in measured
         ]
         return np.log(ratios)

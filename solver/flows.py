@@ -1,13 +1,14 @@
 """How long transfers take that share links: a fluid simulation with max-min fair rates.
 
 Every rank goes through steps. A step holds the flows that it sends or receives then, and work that
-goes on beside them; the next step begins when all has arrived and the work is done, and when of
-each flow that it sends the rest fits in a socket. A flow runs once both of its ends have come to
-its step. Flows of earlier steps take more of a link than those of later ones (only steps count that
-have a flow under way somewhere), those of the first rank of a node more than those of the next, and
-flows that two of the busiest links mix with others lose some of their rate. A link with a token
-bucket lets a burst through before it holds back; the bucket fills again while the link is less than
-full.
+goes on beside them; ranks that work at the same time share the cores. The next step begins when the
+work is done, what it has to wait for has arrived, and of each flow that it sends the rest fits in a
+socket. A flow runs once its sender has come to its step, and its receiver to it or to one before it
+that takes those rows already. Flows of earlier steps take more of a link than those of later ones
+(only steps count that have a flow under way somewhere), those of the first rank of a node more than
+those of the next, and flows that two of the busiest links mix with others lose some of their rate.
+A link with a token bucket lets a burst through before it holds back; the bucket fills again while
+the link is less than full.
 
 Shape suffixes: F flows, L links, P ranks.
 """
@@ -24,10 +25,11 @@ from tamoe.topology.graph import Topology
 # Flows within this share of their end finish together: fewer events, and an error below it.
 TOGETHER = 0.005
 FREE_BYTES_PER_S = 1e15
+SOON_S = 1e-9  # work that is left when it has as good as ended
 # Share of a link that a flow of a later step takes beside one of an earlier step, whose connection
-# has its window open. With 1, uneven exchanges in rounds were predicted up to 19 % too long
-# (emulated, 8x2 and two groups on 4x2), with .25 5 %.
-LATER = 0.25
+# has its window open. With 1, a combine in rounds on three nodes was predicted 11 % too long, with
+# .25 one-hot exchanges beside a slow node 6 % (emulated), with .5 none of both.
+LATER = 0.5
 # Ranks of a node come to a step one after another, and what comes to a link first leaves it first:
 # each takes this much of what the one before it takes. With 1, exchanges over two hops were
 # predicted up to 19 % too long (emulated, on a machine with a core for each rank).
@@ -35,6 +37,10 @@ BEHIND = 0.5
 # Flows share a link in proportion to their bytes and these. Without it, small ones ended with the
 # large ones beside them, and one-hot dispatches in rounds were predicted 23 % too long.
 HEAD_BYTES = 2.0**16
+# Of a flow that two of the busiest links mix with others, what loses some of its rate; then enough
+# of its packets wait at each link. With all of its bytes, exchanges all at once on eight nodes were
+# predicted up to 14 % too long where they are large, and 5 % too short where small (emulated).
+CROSSING_BYTES = 2.0**16
 NEARLY = 0.85  # links with this share of what is left on the busiest one hold transfers up as well
 # Linux lets a socket grow to megabytes. Without it, one-hot combines in rounds on three nodes were
 # predicted 23 % too long, with it 8 % (emulated); 4 MiB in its place changes nothing.
@@ -44,10 +50,17 @@ Flows = tuple[tuple[int, int, float], ...]  # source, target, bytes
 
 @dataclass(frozen=True)
 class Step:
-    """What a rank does at a time: flows, as (source, target, bytes), and work beside them."""
+    """What a rank does at a time: flows, as (source, target, bytes), and work beside them.
+
+    ``work_s`` are seconds of a core. Rows from other nodes may come up to ``early`` of its steps
+    before this one, and are waited for ``late`` steps after it. Each flow is of so many messages.
+    """
 
     flows: Flows = ()
     work_s: float = 0.0
+    early: int = 0
+    late: int = 0
+    messages: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +72,11 @@ class Timeline:
 
 
 def run_steps(
-    topology: Topology, steps_P: Sequence[Sequence[Step]], *, crossing_share: float = 1.0
+    topology: Topology,
+    steps_P: Sequence[Sequence[Step]],
+    *,
+    crossing_share: float = 1.0,
+    at_once: int | None = None,
 ) -> Timeline:
     """Simulate steps of all ranks.
 
@@ -70,9 +87,13 @@ def run_steps(
     steps_P
         Steps of each rank. A flow belongs to the steps of equal number at its two ends, is given
         at either end or at both, and has to differ from others of its step in source or target.
+        What comes early or late is up to the rank that gets it.
     crossing_share
-        Share of its rate, > 0 to 1, that a flow keeps which goes through two of the busiest links
-        among different flows: neither link always has its packets when the other has room.
+        Share of its rate, > 0 to 1, that a message's beginning keeps which goes through two of the
+        busiest links among different flows: neither always has its packets when the other has room.
+        What it loses is spread over the flow.
+    at_once
+        Cores, >= 1, that all ranks share alike while they work; None: as many as ranks.
 
     Examples
     --------
@@ -91,19 +112,32 @@ def run_steps(
         incidence_FL[number, list(topology.route(source, target))] = 1.0
     source_F = np.array([source for source, _ in ends], dtype=int)
     target_F = np.array([target for _, target in ends], dtype=int)
+    last_P = np.array([len(steps) for steps in steps_P])
+    sends, gets = (
+        [steps_P[p][n] if n < last_P[p] else Step() for p, n in zip(end_F, step_F, strict=True)]
+        for end_F in (source_F, target_F)
+    )
+    node_P = np.array(topology.node_of)
+    far_F = node_P[source_F] != node_P[target_F]
+    opens_F = step_F - far_F * np.array([step.early for step in gets], dtype=int)
+    due_F = step_F + far_F * np.array([step.late for step in gets], dtype=int)
+    due_F = np.clip(due_F, step_F, np.maximum(last_P[target_F] - 1, step_F))
     place_P = {rank: place for ranks in topology.nodes for place, rank in enumerate(ranks)}
     weight_F = (size_F + HEAD_BYTES) * BEHIND ** np.array(
         [float(place_P[source]) for source, _ in ends]
     )
+    messages_F = np.array([step.messages for step in sends], dtype=float)
+    head_F = np.minimum(CROSSING_BYTES * messages_F / size_F, 1.0)
+    kept_F = 1 / (1 + (1 / crossing_share - 1) * head_F)
     credit_L, busy_L = burst_L.copy(), np.zeros_like(burst_L)
     step_P, now_s = np.zeros(num_ranks, dtype=int), 0.0
-    last_P = np.array([len(steps) for steps in steps_P])
-    work_until_P = np.array([steps[0].work_s if steps else 0.0 for steps in steps_P])
+    left_s_P = np.array([steps[0].work_s if steps else 0.0 for steps in steps_P])
     while True:
-        _advance(steps_P, step_P, last_P, work_until_P, now_s, source_F, target_F, step_F, left_F)
+        held = _held(source_F, target_F, step_F, due_F, left_F)
+        _advance(steps_P, step_P, last_P, left_s_P, held)
         if (step_P >= last_P).all():
             return Timeline(float(now_s), busy_L)
-        active_F = (left_F > 0) & (step_P[source_F] >= step_F) & (step_P[target_F] >= step_F)
+        active_F = (left_F > 0) & (step_P[source_F] >= step_F) & (step_P[target_F] >= opens_F)
         capacity_L = np.where(credit_L > 0, FREE_BYTES_PER_S, bandwidth_L)
         rate_F = np.zeros(len(left_F))
         later_F = np.unique(step_F[active_F], return_inverse=True)[1]  # steps with flows before
@@ -117,13 +151,16 @@ def run_steps(
         left_s_L = left_F[active_F] @ incidence_FL[active_F] / bandwidth_L
         busiest_L = left_s_L > NEARLY * left_s_L.max(initial=0.0)
         busiest_L &= credit_L == 0  # a burst is held up by nothing
-        rate_F[active_F] *= _crossing(incidence_FL[active_F], busiest_L, crossing_share)
-        waits = work_until_P[(step_P < last_P) & (work_until_P > now_s)] - now_s
+        crosses_F = _crossing(incidence_FL[active_F], busiest_L)
+        rate_F[active_F] *= np.where(crosses_F, kept_F[active_F], 1.0)
+        working = int(np.count_nonzero(left_s_P))
+        core_share = min((at_once or num_ranks) / max(working, 1), 1.0)  # that each of them has
+        works_s = left_s_P[left_s_P > 0] / core_share
         unsent_F = np.where(left_F > SOCKET_BYTES, left_F - SOCKET_BYTES, left_F)
         ends_s = unsent_F[active_F] / rate_F[active_F]
         over_L = (load_L > (1 + 2 * TOGETHER) * bandwidth_L) & (credit_L > 0)
         empties_s = credit_L[over_L] / (load_L - bandwidth_L)[over_L]
-        step_s = min([*waits, *ends_s, *empties_s], default=np.inf)
+        step_s = min([*works_s, *ends_s, *empties_s], default=np.inf)
         assert np.isfinite(step_s), "flows whose ends are never in the same step"
         busy_L += step_s * np.minimum(load_L / bandwidth_L, 1.0)
         spare_L = bandwidth_L - load_L
@@ -131,16 +168,21 @@ def run_steps(
         credit_L = np.clip(credit_L + step_s * spare_L, 0.0, burst_L)
         credit_L[credit_L < 1e-6 * burst_L] = 0.0
         now_s += step_s
+        left_s_P -= core_share * step_s
+        left_s_P[left_s_P <= SOON_S] = 0.0
         left_F -= rate_F * step_s
         left_F[active_F & (left_F <= TOGETHER * size_F)] = 0.0
         sent_F = active_F & (np.abs(left_F - SOCKET_BYTES) <= TOGETHER * size_F)
         left_F[sent_F] = np.minimum(left_F[sent_F], SOCKET_BYTES)
 
 
-def run_steps_together(topology: Topology, steps_P: Sequence[Sequence[Step]]) -> Timeline:
+def run_steps_together(
+    topology: Topology, steps_P: Sequence[Sequence[Step]], *, at_once: int | None = None
+) -> Timeline:
     """As :func:`run_steps`, where every step begins on all ranks at once and links are shared well.
 
-    Takes little time on large clusters; steps that ranks would begin apart make it too long.
+    Takes little time on large clusters; steps that ranks would begin apart make it too long. Steps
+    that ranks go on through before rows have come are one, which makes it too short.
 
     Examples
     --------
@@ -152,17 +194,30 @@ def run_steps_together(topology: Topology, steps_P: Sequence[Sequence[Step]]) ->
     bandwidth_L = np.array([link.bandwidth_bytes_per_s for link in topology.links])
     credit_L = np.array([link.burst_bytes for link in topology.links], dtype=float)
     busy_L, time_s = np.zeros_like(bandwidth_L), 0.0
-    for number in range(max(map(len, steps_P), default=0)):
-        steps = [steps[number] for steps in steps_P if number < len(steps)]
-        load_L = np.zeros_like(bandwidth_L)
-        for source, target, size in {flow for step in steps for flow in step.flows}:
-            if source != target:
-                load_L[list(topology.route(source, target))] += size
+    for first, end in _runs(steps_P):
+        load_L, work_s = np.zeros_like(bandwidth_L), 0.0
+        for number in range(first, end):
+            steps = [steps[number] for steps in steps_P if number < len(steps)]
+            for source, target, size in {flow for step in steps for flow in step.flows}:
+                if source != target:
+                    load_L[list(topology.route(source, target))] += size
+            each_s = [step.work_s for step in steps]
+            work_s += max(max(each_s), sum(each_s) / (at_once or len(steps_P)))
         each_L = np.maximum(load_L - credit_L, 0.0) / bandwidth_L
         credit_L = np.maximum(credit_L - load_L, 0.0)
         busy_L += each_L
-        time_s += max(float(each_L.max(initial=0.0)), *(step.work_s for step in steps))
+        time_s += max(float(each_L.max(initial=0.0)), work_s)
     return Timeline(time_s, busy_L)
+
+
+def _runs(steps_P: Sequence[Sequence[Step]]) -> list[tuple[int, int]]:
+    """First step and end of runs of steps that some rank goes on through before rows have come."""
+    runs, first, last = [], 0, max(map(len, steps_P), default=0)
+    while first < last:
+        late = max(steps[first].late for steps in steps_P if first < len(steps))
+        runs.append((first, min(first + late + 1, last)))
+        first += late + 1
+    return runs
 
 
 def fair_rates(
@@ -207,13 +262,13 @@ def fair_rates(
     return rate_F
 
 
-def _crossing(incidence_FL: np.ndarray, busiest_L: np.ndarray, share: float) -> np.ndarray:
-    """Factor of each flow's rate: ``share`` if two of the busiest links mix it with others."""
+def _crossing(incidence_FL: np.ndarray, busiest_L: np.ndarray) -> np.ndarray:
+    """Whether two of the busiest links mix a flow with others."""
     both_LL = incidence_FL.T @ incidence_FL  # flows on both links
     mixed_LL = (both_LL < both_LL.diagonal()[:, None]) & busiest_L & busiest_L[:, None]
     mixed_LL |= mixed_LL.T
-    crosses_F = ((incidence_FL @ mixed_LL) * incidence_FL).any(1)
-    return np.where(crosses_F, share, 1.0)
+    crosses_F: np.ndarray = ((incidence_FL @ mixed_LL) * incidence_FL).any(1)
+    return crosses_F
 
 
 def _flows(
@@ -232,28 +287,32 @@ def _flows(
     return ends, numbers, np.array(list(found.values()), dtype=float)
 
 
+def _held(
+    source_F: np.ndarray,
+    target_F: np.ndarray,
+    step_F: np.ndarray,
+    due_F: np.ndarray,
+    left_F: np.ndarray,
+) -> set[tuple[int, int]]:
+    """Ranks, with the numbers of those of their steps that cannot end yet."""
+    open_F, unsent_F = left_F > 0, left_F > SOCKET_BYTES
+    sending = zip(source_F[unsent_F].tolist(), step_F[unsent_F].tolist(), strict=True)
+    return {*sending, *zip(target_F[open_F].tolist(), due_F[open_F].tolist(), strict=True)}
+
+
 def _advance(
     steps_P: Sequence[Sequence[Step]],
     step_P: np.ndarray,
     last_P: np.ndarray,
-    work_until_P: np.ndarray,
-    now_s: float,
-    source_F: np.ndarray,
-    target_F: np.ndarray,
-    step_F: np.ndarray,
-    left_F: np.ndarray,
+    left_s_P: np.ndarray,
+    held: set[tuple[int, int]],
 ) -> None:
     """Let every rank whose step is done begin the next one that has something to do."""
-    moved = True
-    while moved:
-        moved = False
-        open_F, unsent_F = left_F > 0, left_F > SOCKET_BYTES
-        busy = set(zip(source_F[unsent_F].tolist(), step_F[unsent_F].tolist(), strict=True))
-        busy |= set(zip(target_F[open_F].tolist(), step_F[open_F].tolist(), strict=True))
-        idle = (step_P < last_P) & (work_until_P <= now_s + 1e-12)
-        for rank in np.flatnonzero(idle).tolist():
-            if (rank, int(step_P[rank])) not in busy:
-                step_P[rank] += 1
-                moved = True
-                if step_P[rank] < last_P[rank]:
-                    work_until_P[rank] = now_s + steps_P[rank][step_P[rank]].work_s
+    for rank in np.flatnonzero((step_P < last_P) & (left_s_P == 0)).tolist():
+        while (rank, int(step_P[rank])) not in held:
+            step_P[rank] += 1
+            if step_P[rank] == last_P[rank]:
+                break
+            left_s_P[rank] = steps_P[rank][step_P[rank]].work_s
+            if left_s_P[rank] > 0:
+                break

@@ -1,8 +1,10 @@
 """How rows get from rank to rank: all at once, or in rounds of disjoint node pairs.
 
 Both move the same bytes and give the same result. ``single`` starts everything at once.
-``rounds`` pairs every node with one node to send to and one to receive from at a time, so that no
-uplink is shared by flows to many nodes: links that serve first come first served stay fuller so.
+``rounds`` pairs every node with one node to send to at a time, so that an uplink is shared by flows
+to few nodes. Only sending goes round by round, on gloo: a rank takes what comes in any round from
+the start, so that where a peer is slow, or has many rows for it, it keeps its own rows back only
+once it is ``ROUNDS_AHEAD`` rounds ahead.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import torch.distributed as dist
 from tamoe.groups import works_by_gloo
 from tamoe.node_memory import NodeMemory, node_memory
 from tamoe.record import Phase, note_bytes, recording, timed
+from tamoe.solver.constants import ROUNDS_AHEAD
 from tamoe.waiting import Patience
 
 Schedule = Literal["single", "rounds"]
@@ -28,6 +31,9 @@ Waiting = Callable[[], None]
 # Rows inside a node go through shared memory so many at a time: few enough to stay in a cache and
 # to take little memory, enough to hide the message that goes with them.
 SLICE_BYTES = 2**21
+# Messages of a pair of ranks and a tag arrive in the order in which both ends started them; what is
+# taken ahead is started in another order than words that travel between rounds.
+_AHEAD_TAG = 1
 
 
 @dataclass(frozen=True)
@@ -306,6 +312,10 @@ class Transfer:
             self._sent_nD = self._sent_nD.cpu()
             self._incoming = torch.empty_like(received_RD, device="cpu").split(self._splits[1])
         self._outgoing = self._sent_nD.split(self._splits[0])
+        # Elsewhere a queue serves what was started first, and rows that one takes before it sends
+        # its own would wait for rows that wait behind them.
+        self._takes_ahead = self._sent_nD.device.type == "cpu" and works_by_gloo(group)
+        self._arriving: list[Waiting] = []
 
     def start_at_once(self) -> Waiting:
         """Start everything; returns a function that waits for it.
@@ -313,7 +323,7 @@ class Transfer:
         It is one uneven all-to-all, but on gloo a message for each rank: gloo's own all-to-all came
         to .62 to 1.0 of the bound at random, messages to .98 (emulated, 2x2 at 100 Mbit/s).
         """
-        if self._sent_nD.device.type == "cpu" and works_by_gloo(self._group):
+        if self._takes_ahead:
             return self.start_singly()
         send_splits, receive_splits = self._splits
         rank, where = dist.get_rank(self._group), f"{self._what}, all ranks at once"
@@ -330,15 +340,36 @@ class Transfer:
         return lambda: self._patience.wait([(work, peers)], where)
 
     def start(self, number: int) -> Waiting:
-        """Start a round; returns a function that waits for it.
+        """Start a round; returns a function that waits for it. Each is begun and ended in order.
 
-        Round 0 stays inside the node and also copies the rows that this rank keeps.
+        Round 0 stays inside the node and also copies the rows that this rank keeps. On gloo a round
+        ends when its rows have left, and those of the round ``ROUNDS_AHEAD`` before it have come;
+        the last one ends when all have come.
         """
-        where = f"{self._what}, round {number} between nodes"
+        step = self._rounds[number]
         if number == 0:
-            where = f"{self._what}, inside the node"
             self._keep()
-        return self._start(self._rounds[number], where)
+            return self._start(step, f"{self._what}, inside the node")
+        if not self._takes_ahead:
+            return self._start(step, self._where(number))
+        if number == 1:
+            self._arriving = [
+                self._start(Round((), coming.sources), self._where(1 + later), _AHEAD_TAG)
+                for later, coming in enumerate(self._rounds[1:])
+            ]
+        sent = self._start(Round(step.targets, ()), self._where(number), _AHEAD_TAG)
+        last = len(self._rounds) - 1
+        due = last if number == last else number - ROUNDS_AHEAD
+
+        def wait() -> None:
+            sent()
+            while last - len(self._arriving) < due:
+                self._arriving.pop(0)()
+
+        return wait
+
+    def _where(self, number: int) -> str:
+        return f"{self._what}, round {number} between nodes"
 
     def start_singly(self) -> Waiting:
         """Start everything, one message for each rank that gets or sends some."""
@@ -353,13 +384,13 @@ class Transfer:
         to, rows = self._kept
         to.copy_(rows)
 
-    def _start(self, step: Round, where: str) -> Waiting:
+    def _start(self, step: Round, where: str, tag: int = 0) -> Waiting:
         transfers = [
             *((dist.irecv, self._incoming[peer], peer) for peer in step.sources),
             *((dist.isend, self._outgoing[peer], peer) for peer in step.targets),
         ]
         operations = [
-            dist.P2POp(call, rows, group=self._group, group_peer=peer)
+            dist.P2POp(call, rows, group=self._group, group_peer=peer, tag=tag)
             for call, rows, peer in transfers
             if rows.numel()
         ]

@@ -1,5 +1,6 @@
 """The simulation of flows on shared links against closed forms."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -39,11 +40,15 @@ def test_flows_that_two_of_the_busiest_links_mix_are_slower():
         topology = tree(shape)
         return run_steps(topology, [[Step(flows)]] * topology.num_ranks, crossing_share=0.8).time_s
 
-    def all_to_all(num_ranks):
-        return tuple((i, j, 1e6) for i, j in itertools.permutations(range(num_ranks), 2))
+    def all_to_all(num_ranks, size):
+        return tuple((i, j, size) for i, j in itertools.permutations(range(num_ranks), 2))
 
-    assert time_s("3x1", all_to_all(3)) == pytest.approx(0.2 / 0.8)
-    assert time_s("2x1", all_to_all(2)) == pytest.approx(0.1)  # a link up and the one down are one
+    for size in (1e4, 1e6):
+        head = min(flows.CROSSING_BYTES, size)  # what loses some of its rate
+        expected = 2 * (head / 0.8 + size - head) / 1e7
+        assert time_s("3x1", all_to_all(3, size)) == pytest.approx(expected)
+        # On two nodes a link up and the one down carry the same flows.
+        assert time_s("2x1", all_to_all(2, size)) == pytest.approx(size / 1e7)
     assert time_s("3x1", ((0, 1, 1e6), (0, 2, 1e6))) == pytest.approx(0.2)  # one busy link
     uneven = ((0, 1, 1e6), (0, 2, 1e6), (1, 2, 1e4))
     assert time_s("3x1", uneven) == pytest.approx(0.2, rel=0.01)
@@ -52,10 +57,11 @@ def test_flows_that_two_of_the_busiest_links_mix_are_slower():
 def test_a_burst_is_held_up_by_nothing():
     topology = ClusterSpec.parse("3x1:100mbit").topology()
     size, burst = 2e6, max(link.burst_bytes for link in topology.links)
-    flows = tuple((i, j, size) for i, j in itertools.permutations(range(3), 2))
+    ends = tuple((i, j, size) for i, j in itertools.permutations(range(3), 2))
     rate = topology.uplink_bytes_per_s(0)[0]
-    found = run_steps(topology, [[Step(flows)]] * 3, crossing_share=0.5).time_s
-    assert found == pytest.approx((2 * size - burst) / (0.5 * rate), rel=1e-3)
+    found = run_steps(topology, [[Step(ends)]] * 3, crossing_share=0.5).time_s
+    slower = 1 + flows.CROSSING_BYTES / size
+    assert found == pytest.approx((2 * size - burst) / rate * slower, rel=1e-3)
 
 
 def test_flows_of_later_steps_and_of_later_ranks_take_less_of_a_link():
@@ -97,6 +103,73 @@ def test_work_beside_flows_hides_behind_the_longer_of_both():
         steps = [Step(((0, 1, 1e6),), work_s)]
         assert run_steps(topology, [steps, steps]).time_s == pytest.approx(expected)
         assert run_steps_together(topology, [steps, steps]).time_s == pytest.approx(expected)
+
+
+def test_ranks_that_work_at_the_same_time_share_the_cores():
+    topology = tree("4x1")
+    steps = [[Step(work_s=work_s)] for work_s in (1.0, 2.0, 3.0, 0.0)]
+    assert run_steps(topology, steps).time_s == pytest.approx(3.0)
+    # Two cores: two thirds of one for each of three ranks until 1.5 s, a whole one after it.
+    assert run_steps(topology, steps, at_once=2).time_s == pytest.approx(3.5)
+    assert run_steps(topology, steps, at_once=1).time_s == pytest.approx(6.0)
+    for at_once, expected in ((None, 3.0), (2, 3.0), (1, 6.0)):
+        together = run_steps_together(topology, steps, at_once=at_once)
+        assert together.time_s == pytest.approx(expected)
+    # A rank whose own work is done gets its rows, at the links' rate, while others work.
+    flow = Step(((0, 1, 1e6),))
+    steps = [[flow], [flow], [Step(work_s=1.0)], [Step(work_s=1.0)]]
+    assert run_steps(topology, steps, at_once=1).time_s == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(("ahead", "flows_one_by_one"), [(0, 2), (1, 1)])
+def test_rows_of_rounds_come_early_and_are_waited_for_late(ahead, flows_one_by_one):
+    topology = tree("3x1")
+    size, working = 2 * SOCKET_BYTES, Step(work_s=10.0)
+    expected = pytest.approx(10.0 + flows_one_by_one * size / 1e7, rel=1e-3)
+    # Rank 0 works before it sends to rank 1, which gets rows of rank 2 in its next step, ...
+    slow, early = Step(((0, 1, size),)), Step(((2, 1, size),), early=ahead)
+    steps = [[working, slow], [Step(), slow, early], [Step(), Step(), early]]
+    assert run_steps(topology, steps).time_s == expected
+    # ... or sends its own to rank 2 there.
+    late, back = Step(((0, 1, size),), late=ahead), Step(((1, 2, size),))
+    steps = [[working, late], [Step(), late, back], [Step(), Step(), back]]
+    assert run_steps(topology, steps).time_s == expected
+
+
+def test_what_moves_inside_a_node_is_neither_early_nor_late():
+    topology = tree("2x2")
+    working, near = Step(work_s=1.0), Step(((0, 1, 1e9),), early=1, late=1)  # 1 s
+    steps = [[Step(), near, Step()], [working, near, working], [], []]
+    assert run_steps(topology, steps).time_s == pytest.approx(3.0, rel=1e-2)
+
+
+def test_rows_that_come_after_the_last_step_are_waited_for():
+    topology = tree("2x1")
+    late = Step(((0, 1, 1e6),), late=2)
+    assert run_steps(topology, [[late], [late]]).time_s == pytest.approx(0.1)
+    assert run_steps_together(topology, [[late], [late]]).time_s == pytest.approx(0.1)
+    large = Step(((0, 1, 3 * SOCKET_BYTES),))  # to a rank that has no steps, so nobody waits there
+    assert run_steps(topology, [[large], []]).time_s == pytest.approx(2 * SOCKET_BYTES / 1e7)
+
+
+def test_rounds_ahead_are_one_step_where_steps_begin_together():
+    topology = tree("4x1")
+    late = (2, 1, 0)
+    rounds = [Step(((0, n, n * 1e6), (n, 0, (4 - n) * 1e6)), late=late[n - 1]) for n in (1, 2, 3)]
+    waiting = [dataclasses.replace(step, late=0) for step in rounds]
+    ahead_s = run_steps_together(topology, [rounds] * 4).time_s
+    assert ahead_s == pytest.approx(0.6) == run_steps(topology, [rounds] * 4).time_s
+    assert run_steps_together(topology, [waiting] * 4).time_s == pytest.approx(0.3 + 0.2 + 0.3)
+
+
+def test_each_message_of_a_flow_has_a_beginning():
+    topology, size = tree("3x1"), 1e6
+    ends = tuple((i, j, size) for i, j in itertools.permutations(range(3), 2))
+    for messages in (1, 4):
+        steps = [[Step(ends, messages=messages)]] * 3
+        slow = messages * flows.CROSSING_BYTES
+        expected = 2 * (slow / 0.5 + size - slow) / 1e7
+        assert run_steps(topology, steps, crossing_share=0.5).time_s == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("sockets", [0.5, 4])
