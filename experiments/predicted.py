@@ -7,7 +7,9 @@ Run it (about an hour on two cores; ``--quick`` for one small cluster)::
 On each cluster every exchange runs on some routings, in turns. Constants are fitted on even,
 uneven, local and one-hot ones, and on two that stay inside nodes; what is scored are other draws,
 other sizes, another locality, routing after a plan's target, sizes of two decades on 4x2, and
-several expert-parallel groups at the same time, for which nothing was fitted. Only times of at
+several expert-parallel groups at the same time, for which nothing was fitted. Exchanges whose times
+vary run more often, until the standard error of the median is 1.5 % or three times the repetitions
+are over. Only times of at
 least 5 ms that have at least 1 MB on the busiest link are scored, since an idle token bucket hides
 less, and only where no packet was dropped on the cluster. It is also counted how often the exchange
 that the model prefers is within 5 % of the fastest, on routings of which one exchange is scored.
@@ -123,6 +125,7 @@ def score(
                 "way": one.way,
                 "measured_s": one.seconds,
                 "spread": one.spread,
+                "runs": one.runs,
                 "predicted_s": predicted.time_s,
                 "bottleneck": predicted.bottleneck,
                 "busiest_link_bytes": float(load_L.max()),
@@ -161,7 +164,10 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def main(
     output: Annotated[Path, typer.Option("-o", "--output")] = Path("predicted.json"),
-    repetitions: Annotated[int, typer.Option(help="Of each exchange, in turns.")] = 9,
+    repetitions: Annotated[
+        int,
+        typer.Option(help="Of each exchange, in turns; up to three times as many if it varies."),
+    ] = 9,
     quick: Annotated[bool, typer.Option("--quick", help="4x2 alone, small.")] = False,
 ) -> None:
     """Predict, measure, compare; writes JSON and a figure beside it (emulated)."""

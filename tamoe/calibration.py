@@ -23,7 +23,7 @@ from tamoe.exchange import Exchange
 from tamoe.groups import works_by_gloo
 from tamoe.progress import Count, Progress
 from tamoe.relays import count_copies, plan_forwarding
-from tamoe.solver.constants import Constants, with_constants
+from tamoe.solver.constants import ROUNDS_AHEAD, Constants, with_constants
 from tamoe.solver.exchange_cost import EXCHANGES, WAYS, Rows, rows_of_group
 from tamoe.solver.exchange_fit import KEYS, MOST_STEPS, Measured, fit
 from tamoe.solver.relays import make_relays, sum_groups
@@ -37,6 +37,8 @@ CALIBRATION = ("even", "uneven", "local 8", "local 64", "one-hot")
 # nothing tells work on bytes from what rounds between nodes lose.
 INSIDE = ((1024, 8), (4096, 2))
 REPETITIONS = 9
+MOST_AGAIN = 3
+ERROR_OF_MEDIAN = 0.93  # of values with a normal distribution, times the range of the middle half
 
 
 def calibration_cases(topology: Topology) -> list[Case]:
@@ -64,7 +66,7 @@ def calibrate(
     rank, topology
         This rank, and its cluster.
     at_once
-        Ranks that can work at the same time: the cores of an emulated cluster; None: all.
+        Cores that all ranks share: those of an emulated cluster's machine; None: one for each.
     budget_s
         Seconds after which no exchange is repeated; each is timed at least once. None: no limit.
     progress
@@ -84,7 +86,9 @@ def calibrate(
     timed.end()
     mine = KEYS[rank :: topology.num_ranks]  # a fit takes seconds, so ranks share the work
     fitting = Count(progress, "constants", len(mine) * MOST_STEPS)
-    constants = fit(topology, measured, at_once, mine, fitting)
+    everyone_by = dist.group.WORLD
+    ahead = ROUNDS_AHEAD if everyone_by is not None and works_by_gloo(everyone_by) else 0
+    constants = fit(topology, measured, at_once, mine, fitting, ahead)
     found: list[Mapping[tuple[str, str], Constants]] = [{}] * topology.num_ranks
     dist.all_gather_object(found, constants)
     fitting.end()
@@ -100,6 +104,7 @@ def measure(
     progress: Callable[[], None] | None = None,
     *,
     budget_s: float | None = None,
+    steady: float | None = None,
 ) -> list[Measured]:
     """Time every exchange in every case, all groups at once; every rank calls it.
 
@@ -119,6 +124,9 @@ def measure(
         Called after each run of a case: ``repetitions + 1`` times for each case.
     budget_s
         Seconds after which cases do not run again; they run at least twice. None: no limit.
+    steady
+        Standard error of a median, as a share of it, above which an exchange goes on to run, in
+        turns, up to ``MOST_AGAIN`` times as often. None: none does.
 
     Returns
     -------
@@ -146,19 +154,26 @@ def measure(
             one.run(finish)
             if progress is not None:
                 progress()
+    for done in range(repetitions + 1, MOST_AGAIN * repetitions + 1):
+        varied = [(one, names) for one in timed if (names := one.varied(steady))]
+        for one, names in random.Random(done).sample(varied, len(varied)):
+            one.run(finish, names)
     measured: list[Measured] = []
     for case, one, bytes_of in zip(cases, timed, moved, strict=True):
-        last = torch.tensor([one.seconds[name][1:] for name in EXCHANGES], device=device)
-        dist.all_reduce(last, dist.ReduceOp.MAX)
-        for exchange_number, kind in enumerate(EXCHANGES):
-            for way_number, way in enumerate(WAYS):
-                low_s, middle_s, high_s = np.percentile(
-                    last[exchange_number, :, way_number].cpu().numpy(), (25, 50, 75)
-                ).tolist()
-                spread = (high_s - low_s) / middle_s
-                measured.append(
-                    Measured(case.name, kind, way, middle_s, bytes_of[kind, way], spread)
+        for kind, (way_number, way) in itertools.product(EXCHANGES, enumerate(WAYS)):
+            runs = one.last_s(kind)[:, way_number]
+            low_s, middle_s, high_s = np.percentile(runs, (25, 50, 75)).tolist()
+            measured.append(
+                Measured(
+                    case.name,
+                    kind,
+                    way,
+                    middle_s,
+                    bytes_of[kind, way],
+                    (high_s - low_s) / middle_s,
+                    len(runs),
                 )
+            )
     return measured
 
 
@@ -191,10 +206,31 @@ class _Timed:
         self._x_TD = torch.randn(len(index_TK), case.hidden_size, device=index_TK.device)
         self._weight_TK = torch.rand(index_TK.shape, device=index_TK.device)
         self.seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in exchanges}
+        self._looked_at = list(exchanges)
 
-    def run(self, finish: Callable[[], None]) -> None:
-        """Time every exchange once."""
-        for name, exchange in self._exchanges.items():
+    def last_s(self, name: str) -> np.ndarray:
+        """Seconds of the last rank in each run but the first, ``[runs, ways]``; on all ranks."""
+        last = torch.tensor(self.seconds[name][1:], device=self._x_TD.device)
+        dist.all_reduce(last, dist.ReduceOp.MAX)
+        return last.cpu().numpy()
+
+    def varied(self, steady: float | None) -> list[str]:
+        """Exchanges of whose medians one is less certain than it should be, the same on all ranks.
+
+        An exchange that did not run again since is not looked at again.
+        """
+        for name in self._looked_at if steady is not None else []:
+            runs = self.last_s(name)
+            low_s, middle_s, high_s = np.percentile(runs, (25, 50, 75), axis=0)
+            errors = ERROR_OF_MEDIAN * (high_s - low_s) / middle_s / len(runs) ** 0.5
+            if (errors <= steady).all():
+                self._looked_at = [other for other in self._looked_at if other != name]
+        return self._looked_at if steady is not None else []
+
+    def run(self, finish: Callable[[], None], names: Sequence[str] = EXCHANGES) -> None:
+        """Time some exchanges once."""
+        for name in names:
+            exchange = self._exchanges[name]
             line_up(self._pause_s)
             began_s = time.perf_counter()
             row_RD, handle = exchange.dispatch(

@@ -15,7 +15,7 @@ from tamoe.calibration import calibrate, calibration_cases, measure
 from tamoe.cases import EXPERTS_PER_RANK, HIDDEN_SIZE, make_case, routing
 from tamoe.solver import Workload
 from tamoe.solver.choice import choose_exchange
-from tamoe.solver.constants import Constants, read_constants
+from tamoe.solver.constants import ROUNDS_AHEAD, Constants, read_constants
 from tamoe.solver.exchange_cost import EXCHANGES, predict, rows_of_group
 from tamoe.solver.exchange_fit import KEYS, MOST_STEPS, Key, Measured, fit
 from tamoe.topology import ClusterSpec, InputError, Topology, run_ranks
@@ -81,7 +81,8 @@ def test_times_that_vary_count_for_less() -> None:
     wrong = dataclasses.replace(given[2], seconds=1.3 * given[2].seconds)
     predicted = []
     for third in (given[2], wrong, dataclasses.replace(wrong, spread=2.0)):
-        found = fit(TWO_NODES, [*given[:2], third, *given[3:]], 2, [key])[key]
+        found = fit(TWO_NODES, [*given[:2], third, *given[3:]], 2, [key], rounds_ahead=0)[key]
+        assert found.rounds_ahead == 0
         predicted.append([predict(TWO_NODES, *key, one.groups, found).time_s for one in given])
     moved, moved_less = (np.abs(np.divide(p, predicted[0]) - 1).max() for p in predicted[1:])
     assert moved_less < 0.3 * moved
@@ -165,6 +166,36 @@ def test_what_is_measured_is_what_was_routed():
         assert np.sum(one.groups[0].hops_pp) == 0 and one.seconds > 0
 
 
+def varying_on_a_rank(rank):
+    topology = CLUSTER.topology()
+    cases = [make_case(topology, ((0, 1),), "empty", 0.05, 2, seed=0)] * 2
+    order = []
+
+    def scripted(case, finish, names=EXCHANGES):
+        for name in names:
+            run = len(case.seconds[name])
+            varies = {"flat single": 0, "flat rounds": 7, "hierarchical": 99}[name]
+            # On one rank of the two, and only in combine.
+            seconds = 1.0 + (run % 2 if run < varies and rank == 1 else 0)
+            case.seconds[name].append((1.0, seconds))
+            order.append(name)
+
+    calibration._Timed.run = scripted
+    measured = measure(rank, topology, ((0, 1),), cases, 5, steady=0.05)
+    return [(one.exchange, one.runs) for one in measured], order
+
+
+@pytest.mark.ranks
+@pytest.mark.emulated
+def test_exchanges_that_vary_run_more_often_on_all_ranks():
+    (runs, order), (other_runs, other_order) = run_ranks(CLUSTER, varying_on_a_rank, timeout_s=120)
+    assert runs == other_runs and order == other_order
+    counted = dict(runs)
+    assert len(runs) == 2 * len(KEYS) and set(runs) == set(counted.items())
+    assert counted["flat single"] == 5 and counted["hierarchical"] == 15
+    assert 7 < counted["flat rounds"] < 15  # until the steady runs outweigh the others
+
+
 def calibrated_on_a_rank(rank):
     shown = []
     topology = FAST.topology()
@@ -186,6 +217,7 @@ def test_ranks_share_the_fit_and_agree():
     assert set(constants) == set(KEYS)
     for one in constants.values():
         assert one.at_once == 2 and one.crossing_share == 1.0  # two nodes
+        assert one.rounds_ahead == ROUNDS_AHEAD  # by gloo
     phases = [line[0] for line in shown]
     assert phases == sorted(phases, reverse=True) and set(phases) == {"exchanges", "constants"}
     for phase in ("exchanges", "constants"):  # each line ends
