@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from tamoe.solver.constants import read_constants
+from tamoe.solver.constants import ROUNDS_AHEAD, Constants, read_constants
 from tamoe.solver.exchange_cost import EXCHANGES, WAYS, predict, rows_of_group
 from tamoe.solver.relays import Relays, make_relays, sum_groups
 from tamoe.solver.workload import Workload
@@ -49,8 +50,16 @@ class Choice:
     seconds: Mapping[str, float]
 
 
-def choose_for(topology_or_plan: Topology | Plan | None) -> Choice:
+# By rounds ahead: all layers of a model ask for the same plan, and of 32 ranks it takes seconds.
+_CHOSEN: WeakKeyDictionary[Plan, dict[int, Choice]] = WeakKeyDictionary()
+
+
+def choose_for(
+    topology_or_plan: Topology | Plan | None, *, rounds_ahead: int = ROUNDS_AHEAD
+) -> Choice:
     """The choice for a Plan; flat for anything else, and where there is no prediction.
+
+    ``rounds_ahead`` is that of the transport, as in :func:`choose_exchange`.
 
     >>> choose_for(None).reason
     'flat: without a plan, sizes and routing are unknown'
@@ -58,14 +67,24 @@ def choose_for(topology_or_plan: Topology | Plan | None) -> Choice:
     if topology_or_plan is None or isinstance(topology_or_plan, Topology):
         return Choice("flat", None, "flat: without a plan, sizes and routing are unknown", {})
     plan = topology_or_plan
-    try:
-        return choose_exchange(plan.topology, plan.workload, plan.target_PN)
-    except InputError as error:
-        return Choice("flat", None, f"flat: {error}", {})
+    chosen = _CHOSEN.setdefault(plan, {})
+    if rounds_ahead not in chosen:
+        try:
+            chosen[rounds_ahead] = choose_exchange(
+                plan.topology, plan.workload, plan.target_PN, rounds_ahead=rounds_ahead
+            )
+        except InputError as error:
+            chosen[rounds_ahead] = Choice("flat", None, f"flat: {error}", {})
+    return chosen[rounds_ahead]
 
 
 def choose_exchange(
-    topology: Topology, workload: Workload, target_PN: np.ndarray, *, seed: int = 0
+    topology: Topology,
+    workload: Workload,
+    target_PN: np.ndarray,
+    *,
+    seed: int = 0,
+    rounds_ahead: int = ROUNDS_AHEAD,
 ) -> Choice:
     """The fastest exchange for tokens that are routed after a target.
 
@@ -74,11 +93,13 @@ def choose_exchange(
     topology
         Links, nodes and switches, with constants if a calibration measured them.
     workload
-        Tokens, bytes and experts; one group of all ranks.
+        Tokens, bytes, experts and groups, which exchange at the same time on the same links.
     target_PN
-        ``[P, N]`` tokens that each rank sends to each expert.
+        ``[P, N]`` tokens that each rank sends to each expert of its group.
     seed
         Of the sample.
+    rounds_ahead
+        Rounds that a rank sends ahead of what it gets, where no measured constants tell.
 
     Returns
     -------
@@ -87,7 +108,7 @@ def choose_exchange(
     Raises
     ------
     InputError
-        The workload has several groups, or there are more than 256 ranks.
+        There are more than 256 ranks.
 
     Examples
     --------
@@ -98,29 +119,45 @@ def choose_exchange(
     ('hierarchical', 3.9)
     """
     num_ranks = topology.num_ranks
-    if workload.ep_groups is not None and len(workload.ep_groups) > 1:
-        raise InputError("workload has several ep_groups; allowed: one group of all ranks")
     if num_ranks > MOST_RANKS:
         raise InputError(f"topology has {num_ranks} ranks; allowed: up to {MOST_RANKS}")
-    if len(topology.nodes) == 1:
-        return Choice(
-            "flat", None, "flat: there is one node, so no link between nodes to spare", {}
+    groups = workload.groups(num_ranks)
+    parts = [topology.subset(sorted(ranks)) for ranks in groups] if groups[1:] else [topology]
+    if all(len(part.nodes) == 1 for part in parts):
+        who = "each group has" if groups[1:] else "there is"
+        reason = f"flat: {who} one node, so no link between nodes to spare"
+        return Choice("flat", None, reason, {})
+    rows = []
+    for number, (ranks, part) in enumerate(zip(groups, parts, strict=True)):
+        members = sorted(ranks)
+        place_N = [members.index(ranks[p]) for p in workload.expert_position_N(num_ranks)]
+        counts_pN, forward_pMM = sample_routing(
+            part, workload, target_PN[members], place_N, seed + number
         )
-    ranks = workload.groups(num_ranks)[0]
-    rank_of_N = [ranks[position] for position in workload.expert_position_N(num_ranks)]
-    counts_PN, forward_PMM = sample_routing(topology, workload, target_PN, rank_of_N, seed)
-    rows = rows_of_group(
-        topology,
-        tuple(range(num_ranks)),
-        counts_PN,
-        forward_PMM,
-        rank_of_N,
-        workload.token_bytes,
-        [workload.tokens_per_rank] * num_ranks,
-    )
-    measured = bool(read_constants(topology))
+        rows.append(
+            rows_of_group(
+                part,
+                tuple(members),
+                counts_pN,
+                forward_pMM,
+                place_N,
+                workload.token_bytes,
+                [workload.tokens_per_rank] * len(members),
+            )
+        )
+    constants = read_constants(topology)
+    measured, bare = bool(constants), Constants(rounds_ahead=rounds_ahead)
     ways = {
-        exchange: [predict(topology, exchange, way, [rows[exchange, way]]) for way in WAYS]
+        exchange: [
+            predict(
+                topology,
+                exchange,
+                way,
+                [moved[exchange, way] for moved in rows],
+                constants.get((exchange, way), bare),
+            )
+            for way in WAYS
+        ]
         for exchange in EXCHANGES
         if measured or exchange != "flat single"
     }

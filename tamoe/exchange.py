@@ -13,12 +13,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from tamoe.agreement import Header, RefusedValues, exchange_counts, layout_code
-from tamoe.groups import group_rank, group_size, process_group, works_by_gloo
+from tamoe.groups import (
+    group_rank,
+    group_size,
+    group_topology,
+    process_group,
+    works_by_gloo,
+)
 from tamoe.handle import Asked, Handle, again_problem, input_problem, sort_keys
 from tamoe.placement import Placement, contiguous, experts_problem, resolve_placement
 from tamoe.planning import Planner
 from tamoe.record import note_counts
 from tamoe.schedules import Mover, Schedule
+from tamoe.solver.constants import ROUNDS_AHEAD
 from tamoe.solver.relays import make_relays, sum_groups
 from tamoe.topology.errors import InputError, whole
 from tamoe.waiting import Patience, checked_timeout
@@ -52,7 +59,8 @@ class Exchange:
     ----------
     topology_or_plan
         :class:`~tamoe.topology.Topology` of the group's ranks, or a Plan, which holds one. Gives
-        the nodes for the schedule and for the order of summation. None: one node.
+        the nodes for the schedule and for the order of summation. A Plan for several ``ep_groups``,
+        numbered as the job's ranks, is for each of them. None: one node.
     group
         ProcessGroup, 1-D DeviceMesh, or None for the default group; one rank where
         torch.distributed is not initialised.
@@ -65,7 +73,7 @@ class Exchange:
         would get on average. For measuring what the exchange costs; its results are not a model.
         Every rank then needs an expert.
     schedule
-        ``"single"``: all at once. ``"rounds"``: disjoint node pairs, one after another; needs a
+        ``"single"``: all at once. ``"rounds"``: to one node after another, disjoint pairs; needs a
         topology. ``"auto"``: rounds on gloo where there are several nodes, else single. The
         hierarchical exchange always goes in rounds.
     chunks
@@ -83,8 +91,8 @@ class Exchange:
     Raises
     ------
     InputError
-        Unknown kind or schedule, a number out of range, a topology with another number of ranks
-        than the group, or a placement that is not the Plan's.
+        Unknown kind or schedule, a number out of range, a topology or Plan of other ranks than the
+        group's, or a placement that is not the Plan's.
     ExchangeError
         In dispatch, combine and backward: a rank died or did not answer in time. The message names
         the exchange, the hop and the peers.
@@ -120,14 +128,9 @@ class Exchange:
             raise InputError(f"schedule is {schedule!r}; allowed: 'auto', 'single', 'rounds'")
         self.chunks = chunks if chunks == "auto" else whole("chunks", chunks, 1)
         given: Any = topology_or_plan
-        topology: Topology | None = getattr(given, "topology", given)
         self.group = process_group(group)
         self.rank, self.num_ranks = group_rank(group), group_size(group)
-        if topology is not None and topology.num_ranks != self.num_ranks:
-            raise InputError(
-                f"topology_or_plan has {topology.num_ranks} ranks and the group {self.num_ranks}; "
-                f"allowed: the group's ranks. Take topology.subset(ranks)"
-            )
+        topology = group_topology(given, self.group)
         if schedule == "rounds" and topology is None:
             raise InputError("schedule is 'rounds' without topology_or_plan, which gives the nodes")
         if kind == "hierarchical" and topology is None:
@@ -144,7 +147,8 @@ class Exchange:
         if kind == "auto":
             from tamoe.solver.choice import choose_for  # loads what other kinds do not need
 
-            choice = choose_for(given)
+            by_gloo = self.group is not None and works_by_gloo(self.group)
+            choice = choose_for(given, rounds_ahead=ROUNDS_AHEAD if by_gloo else 0)
             best, self.reason = choice.kind, choice.reason
             if schedule == "auto" and choice.schedule is not None:
                 schedule = choice.schedule

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,8 @@ from tamoe.topology.errors import InputError
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
+
+    from tamoe.topology.graph import Topology
 
     Group = ProcessGroup | DeviceMesh | None
 
@@ -110,3 +112,42 @@ def works_by_gloo(group: ProcessGroup, device: torch.device | None = None) -> bo
         return "gloo" in group._get_backend(device or torch.device("cpu")).name()
     except RuntimeError:  # no backend for the device
         return False
+
+
+def group_topology(topology_or_plan: Any, group: ProcessGroup | None) -> Topology | None:
+    """Topology of the ranks of a group, numbered as there; None for None.
+
+    Parameters
+    ----------
+    topology_or_plan
+        Of the group's ranks, or a Plan for several groups, one of which, by its ranks in the job
+        and their order, is this one.
+    group
+        As :func:`process_group` returns it.
+
+    Raises
+    ------
+    InputError
+        It has another number of ranks than the group, or the group is none of a Plan's several.
+
+    Examples
+    --------
+    >>> group_topology(None, None) is None
+    True
+    """
+    topology: Topology | None = getattr(topology_or_plan, "topology", topology_or_plan)
+    num_ranks = group_size(group)
+    workload = getattr(topology_or_plan, "workload", None)
+    groups = () if workload is None else workload.groups(topology_or_plan.topology.num_ranks)
+    if topology is None or (topology.num_ranks == num_ranks and len(groups) <= 1):
+        return topology
+    members = (0,) if group is None else tuple(dist.get_process_group_ranks(group))
+    if members in groups:
+        return topology.subset(members)
+    told = f"topology_or_plan has {topology.num_ranks} ranks and the group {num_ranks}"
+    if len(groups) > 1:
+        raise InputError(
+            f"{told}, {members} of the job; allowed: one of the plan's ep_groups, in that order of "
+            f"ranks: {', '.join(map(str, groups[:4]))}{', …' if len(groups) > 4 else ''}"
+        )
+    raise InputError(f"{told}; allowed: the group's ranks. Take topology.subset(ranks)")

@@ -125,19 +125,11 @@ def resolve_placement(
     >>> resolve_placement([1, 1, 0], None, 2).slot_N
     (2, 3, 0)
     """
-    workload = getattr(topology_or_plan, "workload", None)
-    is_placed = workload is not None and workload.placement is not None
-    planned: Placement | None = None
-    if workload is not None and (ranks_of_experts is not None or is_placed):
-        if len(workload.groups(num_ranks)) > 1:
-            raise InputError(
-                f"the plan has a placement or is given one, and {len(workload.groups(num_ranks))} "
-                f"ep_groups; allowed: one group of all ranks. Give each group's exchange "
-                f"topology.subset(ranks) and the placement"
-            )
-        planned = Placement(tuple(topology_or_plan.expert_rank_N(0).tolist()), num_ranks)
+    planned = _planned(topology_or_plan, num_ranks)
     if ranks_of_experts is None:
-        return planned
+        if planned is None or topology_or_plan.workload.placement is not None:
+            return planned
+        return None if planned.is_contiguous else planned
     given = Placement(_checked(ranks_of_experts, num_ranks), num_ranks)
     if planned is not None and given != planned:
         raise InputError(
@@ -145,6 +137,17 @@ def resolve_placement(
             f"leave placement out, or solve for Workload(placement=...)"
         )
     return given
+
+
+def _planned(topology_or_plan: Any, num_ranks: int) -> Placement | None:
+    """Where a Plan has its experts, by the ranks of a group of that many; None without a Plan."""
+    workload = getattr(topology_or_plan, "workload", None)
+    if workload is None:
+        return None
+    everyone = topology_or_plan.topology.num_ranks
+    if len(workload.groups(everyone)) > 1:  # of which this is one, with its ranks in that order
+        return Placement(tuple(workload.expert_position_N(everyone).tolist()), num_ranks)
+    return Placement(tuple(topology_or_plan.expert_rank_N(0).tolist()), num_ranks)
 
 
 def _checked(ranks_of_experts: Sequence[int], num_ranks: int) -> tuple[int, ...]:

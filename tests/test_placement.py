@@ -77,8 +77,13 @@ def test_a_plan_knows_where_its_experts_are() -> None:
         resolve_placement([1, 0], plan_for("2x1", None), 2)
     turned = plan_for("2x1", (0, 0, 1), ep_groups=((1, 0),))  # positions in a group, not ranks
     assert resolve_placement(None, turned, 2) == Placement((1, 1, 0), 2)
-    with pytest.raises(InputError, match="2 ep_groups; allowed: one group of all ranks"):
-        resolve_placement(None, plan_for("2x1", (0, 0), ep_groups=((0,), (1,))), 2)
+    turned = plan_for("2x1", None, ep_groups=((1, 0),))
+    assert resolve_placement(None, turned, 2) == Placement((1, 0), 2)
+    groups = {"ep_groups": ((0, 2), (1, 3))}
+    assert resolve_placement(None, plan_for("2x2", None, **groups), 2) is None
+    assert resolve_placement(None, plan_for("2x2", (1, 0, 1), **groups), 2) == Placement(
+        (1, 0, 1), 2
+    )
 
 
 # ---- exchanges ---------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -12,11 +13,11 @@ import torch.distributed as dist
 
 from tamoe.exchange import Exchange
 from tamoe.relays import count_copies, plan_forwarding
-from tamoe.solver import Workload
-from tamoe.solver.choice import choose_exchange, forwarding, sample_routing
+from tamoe.solver import Workload, solve
+from tamoe.solver.choice import choose_exchange, choose_for, forwarding, sample_routing
 from tamoe.solver.relays import make_relays, sum_groups
 from tamoe.solver.traffic import flat_rows, hierarchical_rows, told_bytes
-from tamoe.topology import InputError, Topology
+from tamoe.topology import Topology
 from tamoe.topology.netns import interface_bytes
 from tamoe.topology.ranks import run_ranks_with_report
 from tamoe.topology.tree import parse_tree, tree_depth
@@ -136,8 +137,7 @@ def test_choice_of_exchange() -> None:
     alone = Topology.from_tree("1x4", bandwidth_bytes_per_s=(1e9, 1e9))
     assert "one node" in choose_exchange(alone, Workload(top_k=1), np.ones((4, 4))).reason
     groups = Workload(top_k=1, ep_groups=((0, 1, 2, 3), (4, 5, 6, 7)))
-    with pytest.raises(InputError, match="several ep_groups"):
-        choose_exchange(topology, groups, np.ones((8, 4)))
+    assert "each group has one node" in choose_exchange(topology, groups, np.ones((8, 4))).reason
     # A placement names positions in the group, whatever the order of its ranks.
     counts_PN = np.random.default_rng(0).random((8, 3)) * 100 + 1
     turned = Workload(top_k=1, placement=(0, 0, 1), ep_groups=(tuple(range(8))[::-1],))
@@ -145,6 +145,40 @@ def test_choice_of_exchange() -> None:
     assert choose_exchange(topology, turned, counts_PN) == choose_exchange(
         topology, direct, counts_PN
     )
+
+
+def test_layers_of_one_plan_share_its_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def counted(*given: Any, rounds_ahead: int) -> Any:
+        asked.append(rounds_ahead)
+        return choose_exchange(*given, rounds_ahead=rounds_ahead)
+
+    monkeypatch.setattr("tamoe.solver.choice.choose_exchange", counted)
+    topology = Topology.from_tree("2x2", bandwidth_bytes_per_s=(1e11, 1e9))
+    plan, other = (solve(topology, Workload(top_k=1), floor=floor) for floor in (0.25, 0.5))
+    first = choose_for(plan, rounds_ahead=3)
+    assert choose_for(plan, rounds_ahead=3) is first and asked == [3]
+    assert choose_for(plan, rounds_ahead=0) is not first and asked == [3, 0]
+    assert choose_for(other, rounds_ahead=3) is not first and asked == [3, 0, 3]
+
+
+def test_choice_for_groups_that_share_links() -> None:
+    topology = Topology.from_tree("2x4", bandwidth_bytes_per_s=(1e11, 1e9))
+    given = {"tokens_per_rank": 1024, "top_k": 4, "hidden_size": 1024, "experts_per_rank": 4}
+    target_PN = np.full((8, 16), 256.0)
+    strided = Workload(ep_groups=((0, 2, 4, 6), (5, 1, 7, 3)), **given)
+    both = choose_exchange(topology, strided, target_PN)
+    alone = choose_exchange(topology.subset([0, 2, 4, 6]), Workload(**given), target_PN[:4])
+    assert both.kind == alone.kind == "hierarchical"
+    assert "link nic0 to switch0" in both.reason or "link switch0 to nic" in both.reason
+    for exchange, seconds in both.seconds.items():  # two groups, twice the bytes on each link
+        assert seconds == pytest.approx(2 * alone.seconds[exchange], rel=0.05)
+    # Whatever the order in which ranks of a group, and groups, are named.
+    turned = dataclasses.replace(strided, ep_groups=((0, 4, 2, 6), (1, 3, 5, 7)))
+    again = choose_exchange(topology, turned, target_PN)
+    for exchange, seconds in again.seconds.items():
+        assert seconds == pytest.approx(both.seconds[exchange], rel=0.05)
 
 
 @pytest.mark.emulated
