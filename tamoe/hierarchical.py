@@ -22,11 +22,12 @@ from tamoe.pipeline import run_in_turns
 from tamoe.precision import dot, weigh
 from tamoe.record import Phase
 from tamoe.relay_route import Hops, RowOrder, first_hop, plan_hops, source_order
-from tamoe.schedules import Mover, Waiting
+from tamoe.schedules import Mover
 from tamoe.shares import CountsCPE, Share
 from tamoe.solver.relays import Relays
 from tamoe.summation import add_stage
 from tamoe.telling import Weights, Words, tell_positions
+from tamoe.transfer import Waiting
 
 
 @dataclass(frozen=True, eq=False)

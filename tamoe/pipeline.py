@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from tamoe.schedules import Waiting
 from tamoe.solver.exchange_cost import turns
+from tamoe.transfer import Waiting
 
 Part = Iterator[Waiting | None]
 

@@ -17,9 +17,10 @@ import torch
 
 from tamoe.precision import accumulation_dtype
 from tamoe.relay_route import RowOrder, num_positions, positions_to_tell
-from tamoe.schedules import Mover, Waiting
+from tamoe.schedules import Mover
 from tamoe.shares import CountsCPE, Share, added
 from tamoe.solver.relays import Relays
+from tamoe.transfer import Waiting
 
 
 @dataclass(frozen=True, eq=False)

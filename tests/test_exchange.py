@@ -260,7 +260,10 @@ def in_eight_ranks(rank: int) -> dict[str, Any]:
     assert Exchange(tree("2x2"), group=mesh["ep"]).num_ranks == 4
     many = INLINE_COUNTS + 3  # counts that do not fit beside the header
     identity_on(None, tree("4x2"), [30, 0, 7, 1, 5, 0, 2, 9], many, 8)
-    with mock.patch("tamoe.schedules.works_by_gloo", return_value=False):  # as on GPUs
+    with (
+        mock.patch("tamoe.schedules.works_by_gloo", return_value=False),  # as on GPUs
+        mock.patch("tamoe.transfer.works_by_gloo", return_value=False),
+    ):
         identity_on(None, tree("4x2"), [3, 0, 7, 1, 0, 0, 2, 9], 2, 2)
     told = refusals(tree("4x2"))
     with record_exchanges() as record:

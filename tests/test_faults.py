@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from tamoe import ExchangeError
 from tamoe.exchange import Exchange, Kind
-from tamoe.schedules import Transfer, Waiting
 from tamoe.topology import RankError, Topology, ranks, run_ranks
+from tamoe.transfer import Transfer, Waiting
 
 TIMEOUT_S = 3.0
 REPETITIONS = int(os.environ.get("TAMOE_FAULTS", "1"))  # of each of 30 cases

@@ -12,9 +12,10 @@ from tamoe import planning as planning_module
 from tamoe.agreement import INLINE_COUNTS
 from tamoe.exchange import Exchange
 from tamoe.hierarchical import RelayRoute
-from tamoe.schedules import Mover, Transfer
+from tamoe.schedules import Mover
 from tamoe.summation import plan_stage, plan_sum
 from tamoe.topology import run_ranks
+from tamoe.transfer import Transfer
 from tamoe.word_swap import WordSwap
 from tests.host_waits import host_waits
 from tests.test_hierarchical import experts_of, routing, tree

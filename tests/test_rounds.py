@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tamoe import schedules
-from tamoe.schedules import Mover, Round, Transfer, Waiting
+from tamoe import transfer as transfer_module
+from tamoe.schedules import Mover
 from tamoe.solver.constants import ROUNDS_AHEAD
 from tamoe.topology import run_ranks
+from tamoe.transfer import Round, Transfer, Waiting
 from tamoe.waiting import Patience
 
 NODES = ((0,), (1,), (2,))
@@ -30,9 +31,9 @@ def late_sender(rank: int) -> list[float]:
         return mover(rank, 3).move(row_nD, [1] * 3, [1] * 3, "dispatch")[:, 0].tolist()
     arrived_D = {peer: torch.empty(4) for peer in (0, 1)}
     for peer, into_D in arrived_D.items():
-        dist.recv(into_D, peer, tag=schedules._AHEAD_TAG)
+        dist.recv(into_D, peer, tag=transfer_module._AHEAD_TAG)
     for peer in (0, 1):
-        dist.send(row_nD[peer], peer, tag=schedules._AHEAD_TAG)
+        dist.send(row_nD[peer], peer, tag=transfer_module._AHEAD_TAG)
     return [*(float(into_D[0]) for into_D in arrived_D.values()), 2.0]
 
 
