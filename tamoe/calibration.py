@@ -154,10 +154,11 @@ def measure(
             one.run(finish)
             if progress is not None:
                 progress()
-    for done in range(repetitions + 1, MOST_AGAIN * repetitions + 1):
-        varied = [(one, names) for one in timed if (names := one.varied(steady))]
-        for one, names in random.Random(done).sample(varied, len(varied)):
-            one.run(finish, names)
+    if steady is not None:
+        for done in range(repetitions + 1, MOST_AGAIN * repetitions + 1):
+            varied = [(one, names) for one in timed if (names := one.varied(steady))]
+            for one, names in random.Random(done).sample(varied, len(varied)):
+                one.run(finish, names)
     measured: list[Measured] = []
     for case, one, bytes_of in zip(cases, timed, moved, strict=True):
         for kind, (way_number, way) in itertools.product(EXCHANGES, enumerate(WAYS)):
@@ -214,18 +215,18 @@ class _Timed:
         dist.all_reduce(last, dist.ReduceOp.MAX)
         return last.cpu().numpy()
 
-    def varied(self, steady: float | None) -> list[str]:
+    def varied(self, steady: float) -> list[str]:
         """Exchanges of whose medians one is less certain than it should be, the same on all ranks.
 
-        An exchange that did not run again since is not looked at again.
+        An exchange that was steady does not run again and is not looked at again.
         """
-        for name in self._looked_at if steady is not None else []:
+        for name in self._looked_at:
             runs = self.last_s(name)
             low_s, middle_s, high_s = np.percentile(runs, (25, 50, 75), axis=0)
             errors = ERROR_OF_MEDIAN * (high_s - low_s) / middle_s / len(runs) ** 0.5
             if (errors <= steady).all():
                 self._looked_at = [other for other in self._looked_at if other != name]
-        return self._looked_at if steady is not None else []
+        return self._looked_at
 
     def run(self, finish: Callable[[], None], names: Sequence[str] = EXCHANGES) -> None:
         """Time some exchanges once."""
