@@ -33,10 +33,10 @@ MOST_PARTS = 6
 # planned while rows are under way. With all of it before them, dispatches of two groups on nodes of
 # their own were predicted 9 % too long (emulated, 4x2).
 PLANNED_FIRST = 0.5
-# Slices of a flat exchange cost messages and waits, so they are of a size that hides them; with 8
-# of them, what is under way is a quarter of the rows sent.
-SLICE_BYTES = 2**23
-MOST_SLICES = 8
+# Slices of a flat exchange cost messages and waits, so they are few and of a size that hides them;
+# with 4 of them, rows that are packed and under way take a quarter of those sent.
+SLICE_BYTES = 2**22
+MOST_SLICES = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,8 +97,8 @@ def num_parts(rank_bytes: float) -> int:
 def slices_for(num_bytes: float) -> int:
     """Slices of a flat exchange in which a rank sends at most so many bytes.
 
-    >>> slices_for(0), slices_for(2**24), slices_for(2**30)
-    (1, 2, 8)
+    >>> slices_for(0), slices_for(2**23), slices_for(2**30)
+    (1, 2, 4)
     """
     return int(min(max(num_bytes // SLICE_BYTES, 1), MOST_SLICES))
 

@@ -199,8 +199,9 @@ class NodeMemory:
         """Enlarge the outbox; False where there is no room.
 
         The half that peers may still read stays as it is: the new second half begins behind it.
+        Halves are powers of two, so rows that grow little by little do not leave room unused.
         """
-        wanted = -(-num_bytes // _ALIGNED_BYTES) * _ALIGNED_BYTES
+        wanted = max(_ALIGNED_BYTES, 1 << (num_bytes - 1).bit_length())
         half = max(wanted, len(self._own) // 2 if self._begin else len(self._own))
         try:
             os.posix_fallocate(self._file, 0, 2 * half)

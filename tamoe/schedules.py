@@ -28,8 +28,9 @@ from tamoe.waiting import Patience
 Schedule = Literal["single", "rounds"]
 Nodes = tuple[tuple[int, ...], ...]
 # Rows inside a node go through shared memory so many at a time: few enough to stay in a cache and
-# to take little memory, enough to hide the message that goes with them.
-SLICE_BYTES = 2**21
+# to take little memory, enough to hide the message that goes with them. With the few rows more that
+# are left where they do not divide, they fill a half of an outbox.
+SLICE_BYTES = 2**21 - 2**16
 
 
 @dataclass(frozen=True, eq=False)

@@ -275,7 +275,7 @@ def test_buckets_refill_while_slices_are_packed(exchange, way):
 
 def test_large_flat_rows_are_cut_into_slices():
     topology = tree("2x1")
-    for tokens, slices in ((8, 1), (2048, 1), (4096, 2), (6144, 3), (10**6, MOST_SLICES)):
+    for tokens, slices in ((8, 1), (1024, 1), (2048, 2), (3072, 3), (10**6, MOST_SLICES)):
         counts_pN = np.array([[tokens // 2, tokens // 2], [0, 0]])
         nodes_pMM = np.zeros((2, 2, 2))
         rows = rows_of_group(topology, (0, 1), counts_pN, nodes_pMM, (0, 1), 4096, [tokens, 0])
