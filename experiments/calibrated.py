@@ -13,8 +13,8 @@ from tamoe.calibration import measure
 from tamoe.cases import Case, Groups
 from tamoe.progress import Count, progress_line
 from tamoe.solver.constants import Constants
-from tamoe.solver.exchange_cost import EXCHANGES, WAYS
-from tamoe.solver.exchange_fit import KEYS, Measured, fit
+from tamoe.solver.exchange_cost import BACKWARD_WAYS, EXCHANGES, KEYS, WAYS
+from tamoe.solver.exchange_fit import Measured, fit
 from tamoe.topology.graph import Topology
 from tamoe.topology.ranks import run_ranks_with_report
 
@@ -33,11 +33,12 @@ def measure_cases(
     groups: Groups,
     cases: Sequence[Case],
     repetitions: int,
+    backward: bool = False,
 ) -> tuple[list[Measured], int]:
     """Times of every exchange in every case on an emulated cluster, and packets that it dropped."""
     print(f"{spec}: {len(cases)} routings", flush=True)
     run = run_ranks_with_report(
-        spec, _rank, task, topology, groups, cases, repetitions, timeout_s=_TIMEOUT_S
+        spec, _rank, task, topology, groups, cases, repetitions, backward, timeout_s=_TIMEOUT_S
     )
     assert run.network is not None
     if dropped := run.network.dropped_packets:
@@ -53,14 +54,15 @@ def calibrate_and_measure(
     fitted: Sequence[Case],
     cases: Sequence[Case],
     repetitions: int,
+    backward: bool = False,
 ) -> tuple[Mapping[tuple[str, str], Constants], list[Measured], int]:
     """Constants, fitted on some cases alone, times of the others, dropped packets: of one run."""
     given = [*fitted, *cases]
     # Mixed, so that a machine that is slower for a while is so for both.
     order = random.Random(0).sample(range(len(given)), len(given))
     mixed = [given[number] for number in order]
-    measured, dropped = measure_cases(spec, task, topology, groups, mixed, repetitions)
-    each = len(EXCHANGES) * len(WAYS)
+    measured, dropped = measure_cases(spec, task, topology, groups, mixed, repetitions, backward)
+    each = len(EXCHANGES) * len((*WAYS, *BACKWARD_WAYS) if backward else WAYS)
     of_case = {number: measured[i * each : (i + 1) * each] for i, number in enumerate(order)}
     in_order = [one for number in range(len(given)) for one in of_case[number]]
     split = len(fitted) * each
@@ -78,10 +80,13 @@ def _rank(
     groups: Groups,
     cases: Sequence[Case],
     repetitions: int,
+    backward: bool,
 ) -> list[Measured] | None:
     show = progress_line(task) if rank == 0 else None
     count = Count(show, "routings", len(cases) * (repetitions + 1))
-    measured = measure(rank, topology, groups, cases, repetitions, count, steady=STEADY)
+    measured = measure(
+        rank, topology, groups, cases, repetitions, count, steady=STEADY, backward=backward
+    )
     return measured if rank == 0 else None
 
 

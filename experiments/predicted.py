@@ -39,7 +39,7 @@ from tamoe.experiments.calibrated import (
 from tamoe.experiments.command import run_command
 from tamoe.solver import Workload, solve
 from tamoe.solver.constants import with_constants
-from tamoe.solver.exchange_cost import EXCHANGES, WAYS, predict
+from tamoe.solver.exchange_cost import BACKWARD_WAYS, EXCHANGES, WAYS, predict
 from tamoe.solver.exchange_fit import Measured
 from tamoe.topology.documents import check_writable, write_document
 from tamoe.topology.graph import Topology
@@ -113,7 +113,7 @@ def score(
         for group in one.groups:
             hops_pp = np.sum(group.hops_pp, axis=0)
             moved_PP[np.ix_(group.ranks, group.ranks)] += (
-                hops_pp if one.way == "dispatch" else hops_pp.T
+                hops_pp if one.way in ("dispatch", "combine_backward") else hops_pp.T
             )
         np.fill_diagonal(moved_PP, 0.0)
         load_L = (topology.incidence @ moved_PP.ravel()) * (level_L > 0)
@@ -169,6 +169,9 @@ def main(
         typer.Option(help="Of each exchange, in turns; up to three times as many if it varies."),
     ] = 9,
     quick: Annotated[bool, typer.Option("--quick", help="4x2 alone, small.")] = False,
+    backward: Annotated[
+        bool, typer.Option("--backward", help="The backward passes, too; twice as long.")
+    ] = False,
 ) -> None:
     """Predict, measure, compare; writes JSON and a figure beside it (emulated)."""
     check_writable(output)
@@ -183,12 +186,12 @@ def main(
             scored += over_two_decades(topology, groups)
         if spec in constants:  # of the same links with one group
             measured, dropped = measure_cases(
-                spec, "predicted", topology, groups, scored, repetitions
+                spec, "predicted", topology, groups, scored, repetitions, backward
             )
         else:
             fitted = calibration_cases(topology)
             constants[spec], measured, dropped = calibrate_and_measure(
-                spec, "predicted", topology, groups, fitted, scored, repetitions
+                spec, "predicted", topology, groups, fitted, scored, repetitions, backward
             )
         topology = with_constants(topology, constants[spec])
         rows += score(cluster, topology, measured, dropped)
@@ -210,7 +213,7 @@ def main(
 def print_summary(title: str, rows: Sequence[dict[str, Any]]) -> None:
     """One line, then one for each exchange."""
     print(f"{title}: choices against measured times (emulated): {choices_in_words(summary(rows))}")
-    for exchange, way in itertools.product(EXCHANGES, WAYS):
+    for exchange, way in itertools.product(EXCHANGES, (*WAYS, *BACKWARD_WAYS)):
         errors = [
             row["predicted_s"] / row["measured_s"] - 1
             for row in rows

@@ -15,8 +15,21 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from tamoe.solver.constants import ROUNDS_AHEAD, Constants, read_constants
-from tamoe.solver.exchange_cost import EXCHANGES, WAYS, predict, rows_of_group
+from tamoe.solver.constants import (
+    FILE_KEY,
+    ROUNDS_AHEAD,
+    Constants,
+    constants_of,
+    read_constants,
+)
+from tamoe.solver.exchange_cost import (
+    BACKWARD_WAYS,
+    EXCHANGES,
+    KEYS,
+    WAYS,
+    predict,
+    rows_of_group,
+)
 from tamoe.solver.relays import Relays, make_relays, sum_groups
 from tamoe.solver.workload import Workload
 from tamoe.topology.errors import InputError
@@ -39,7 +52,8 @@ _SCHEDULES: dict[str, Literal["single", "rounds"]] = {
 class Choice:
     """The exchange to take, and why.
 
-    ``seconds`` are those of one dispatch and combine by each exchange, simulated.
+    ``seconds`` are those of one dispatch and combine by each exchange, of their backward passes too
+    where those count; simulated.
     """
 
     kind: Literal["flat", "hierarchical"]
@@ -85,6 +99,7 @@ def choose_exchange(
     *,
     seed: int = 0,
     rounds_ahead: int = ROUNDS_AHEAD,
+    backward: bool = True,
 ) -> Choice:
     """The fastest exchange for tokens that are routed after a target.
 
@@ -100,6 +115,8 @@ def choose_exchange(
         Of the sample.
     rounds_ahead
         Rounds that a rank sends ahead of what it gets, where no measured constants tell.
+    backward
+        Count the backward passes, too, as in training.
 
     Returns
     -------
@@ -108,7 +125,7 @@ def choose_exchange(
     Raises
     ------
     InputError
-        There are more than 256 ranks.
+        There are more than 256 ranks, or constants of some exchanges alone.
 
     Examples
     --------
@@ -116,7 +133,7 @@ def choose_exchange(
     >>> workload = Workload(tokens_per_rank=1024, top_k=8, hidden_size=1024, experts_per_rank=8)
     >>> choice = choose_exchange(topology, workload, np.full((8, 64), 128.0))
     >>> choice.kind, round(choice.seconds["flat rounds"] / choice.seconds["hierarchical"], 1)
-    ('hierarchical', 3.9)
+    ('hierarchical', 4.0)
     """
     num_ranks = topology.num_ranks
     if num_ranks > MOST_RANKS:
@@ -147,6 +164,12 @@ def choose_exchange(
         )
     constants = read_constants(topology)
     measured, bare = bool(constants), Constants(rounds_ahead=rounds_ahead)
+    if measured and (missing := [key for key in KEYS if key not in constants]):
+        raise InputError(
+            f"{FILE_KEY} of the topology have no {' '.join(missing[0])}; allowed: those of every "
+            f"exchange, as `tamoe probe --exchange` writes them"
+        )
+    counted = (*WAYS, *BACKWARD_WAYS) if backward else WAYS
     ways = {
         exchange: [
             predict(
@@ -154,14 +177,14 @@ def choose_exchange(
                 exchange,
                 way,
                 [moved[exchange, way] for moved in rows],
-                constants.get((exchange, way), bare),
+                constants_of(constants, exchange, way, bare),
             )
-            for way in WAYS
+            for way in counted
         ]
         for exchange in EXCHANGES
         if measured or exchange != "flat single"
     }
-    seconds = {str(name): ways[name][0].time_s + ways[name][1].time_s for name in ways}
+    seconds = {str(name): sum(way.time_s for way in ways[name]) for name in ways}
     best = min(ways, key=lambda name: seconds[name])
     times = ", ".join(f"{name} {value * 1e3:.3g} ms" for name, value in seconds.items())
     label = "simulated, constants measured" if measured else "simulated"
@@ -171,8 +194,8 @@ def choose_exchange(
     return Choice(
         "hierarchical" if best == "hierarchical" else "flat",
         _SCHEDULES.get(best) if measured else None,
-        f"{best if measured else best.split()[0]}: dispatch and combine take {times} ({label}); "
-        f"{busiest}",
+        f"{best if measured else best.split()[0]}: dispatch and combine"
+        f"{', forward and backward,' if backward else ''} take {times} ({label}); {busiest}",
         seconds,
     )
 

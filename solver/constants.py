@@ -85,6 +85,29 @@ def read_constants(topology: Topology) -> dict[tuple[str, str], Constants]:
         ) from None
 
 
+def constants_of(
+    given: Mapping[tuple[str, str], Constants], exchange: str, way: str, default: Constants
+) -> Constants:
+    """Those of one way of an exchange; of a backward pass from the forward way that it is like.
+
+    Gradients of a combine go the way of a dispatch, but nothing is planned: they start as a combine
+    does and cost what it does for tokens.
+
+    Examples
+    --------
+    >>> given = {("flat", "dispatch"): Constants(0.5, 0.25), ("flat", "combine"): Constants(0.125)}
+    >>> back = constants_of(given, "flat", "combine_backward", Constants())
+    >>> back.start_s, back.message_s
+    (0.125, 0.25)
+    """
+    if way == "combine_backward":
+        there, back = (given.get((exchange, way), default) for way in ("dispatch", "combine"))
+        return dataclasses.replace(
+            there, start_s=back.start_s, work_s_per_token_byte=back.work_s_per_token_byte
+        )
+    return given.get((exchange, "combine" if way == "dispatch_backward" else way), default)
+
+
 def _of_this_version(values: dict[str, Any]) -> dict[str, Any]:
     """The values; older ones, without ``rounds_ahead``, mean others by the same names."""
     if "rounds_ahead" not in values:

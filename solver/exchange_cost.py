@@ -10,33 +10,33 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
-from tamoe.solver.constants import Constants, read_constants
+from tamoe.solver.constants import Constants, constants_of, read_constants
 from tamoe.solver.flows import Flows, Step, run_steps, run_steps_together
+from tamoe.solver.parts import num_parts, part_shares, slices_for, turns
 from tamoe.solver.traffic import flat_rows, hierarchical_rows, told_bytes
 from tamoe.topology.errors import InputError
 from tamoe.topology.graph import Topology
 
 Exchange = Literal["flat single", "flat rounds", "hierarchical"]
-Way = Literal["dispatch", "combine"]
+Way = Literal["dispatch", "combine", "combine_backward", "dispatch_backward"]
 EXCHANGES: tuple[Exchange, ...] = ("flat single", "flat rounds", "hierarchical")
-WAYS: tuple[Way, ...] = ("dispatch", "combine")
+WAYS: tuple[Way, ...] = ("dispatch", "combine")  # measured, with constants of their own
+# Gradients go the other way: combine's as tokens do in a dispatch, dispatch's as sums in a combine.
+BACKWARD_WAYS: tuple[Way, ...] = ("combine_backward", "dispatch_backward")
+Key = tuple[Exchange, Way]
+KEYS: tuple[Key, ...] = tuple(itertools.product(EXCHANGES, WAYS))
+_ALIKE: dict[Way, Way] = {"combine_backward": "dispatch", "dispatch_backward": "combine"}
 MOST_RANKS = 32  # beyond, sharing of links is not simulated flow by flow, which takes seconds
 MOST_RANK_SLICES = 64  # ranks times slices that are told apart, for the same reason
-PART_BYTES = 2**18
-MOST_PARTS = 6
 # Of a hierarchical dispatch's work on tokens, what comes before its first rows; the other parts are
 # planned while rows are under way. With all of it before them, dispatches of two groups on nodes of
 # their own were predicted 9 % too long (emulated, 4x2).
 PLANNED_FIRST = 0.5
-# Slices of a flat exchange cost messages and waits, so they are few and of a size that hides them;
-# with 4 of them, rows that are packed and under way take a quarter of those sent.
-SLICE_BYTES = 2**22
-MOST_SLICES = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +53,8 @@ class Rows:
     token_bytes_p
         Bytes of the tokens of each rank.
     told
-        Whether ranks also tell each other where copies go, and weights.
+        Whether ranks also tell each other where copies go, and weights; in the backward pass, what
+        gradients the weights have.
     parts
         Shares of the tokens that travel together, in the order of a dispatch; of a flat exchange,
         of the rows.
@@ -68,59 +69,14 @@ class Rows:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Simulated seconds of one way of an exchange, and those that each link is busy."""
+    """Simulated seconds of one way of an exchange, and those that each link is busy.
+
+    ``bottleneck`` is the busiest link in words: "uplink of node 3, 41 ms of 44".
+    """
 
     time_s: float
     busy_s: Mapping[tuple[str, str], float]
-
-    @property
-    def bottleneck(self) -> str:
-        """The busiest link in words."""
-        if not self.busy_s:
-            return "no link is used"
-        link = max(self.busy_s, key=lambda ends: self.busy_s[ends])
-        return (
-            f"link {link[0]} to {link[1]}, {self.busy_s[link] * 1e3:.3g} ms of "
-            f"{self.time_s * 1e3:.3g}"
-        )
-
-
-def num_parts(rank_bytes: float) -> int:
-    """Parts that suit the tokens of a rank, of so many bytes; each costs messages.
-
-    >>> num_parts(0), num_parts(1e6), num_parts(1e9)
-    (1, 3, 6)
-    """
-    return int(min(max(rank_bytes // PART_BYTES, 1), MOST_PARTS))
-
-
-def slices_for(num_bytes: float) -> int:
-    """Slices of a flat exchange in which a rank sends at most so many bytes.
-
-    >>> slices_for(0), slices_for(2**23), slices_for(2**30)
-    (1, 2, 4)
-    """
-    return int(min(max(num_bytes // SLICE_BYTES, 1), MOST_SLICES))
-
-
-def part_shares(num_parts: int) -> list[float]:
-    """Shares of the tokens in each part: every part is smaller than the one before.
-
-    >>> part_shares(2)
-    [0.6666666666666666, 0.3333333333333333]
-    """
-    total = num_parts * (num_parts + 1) / 2
-    return [number / total for number in range(num_parts, 0, -1)]
-
-
-def turns(num_parts: int, num_hops: int) -> list[int]:
-    """Whose hop is next on the slow links; a part's own hops are apart if there are others.
-
-    >>> turns(3, 1), turns(3, 2)
-    ([0, 1, 2], [0, 1, 2, 0, 1, 2])
-    """
-    slots = [(part + 2 * hop, hop, part) for part in range(num_parts) for hop in range(num_hops)]
-    return [part for _, _, part in sorted(slots)]
+    bottleneck: str
 
 
 def rows_of_group(
@@ -167,12 +123,15 @@ def rows_of_group(
     hops_pp = [hop_pp * row_bytes for hop_pp in hops]
     told_pp = told_bytes(local, counts_pN, forward_pMM, rank_of_N)
     parts = part_shares(num_parts(max(token_bytes_p)))
-    there = Rows(ranks, [hops_pp[0] + told_pp, *hops_pp[1:]], token_bytes_p, True, parts)
-    moved = {
-        ("hierarchical", "dispatch"): there,
-        ("hierarchical", "combine"): Rows(ranks, hops_pp, token_bytes_p, False, parts),
+    rows = Rows(ranks, hops_pp, token_bytes_p, False, parts)
+    relayed = {
+        "dispatch": replace(rows, hops_pp=[hops_pp[0] + told_pp, *hops_pp[1:]], told=True),
+        "combine": rows,
+        "combine_backward": rows,
+        "dispatch_backward": replace(rows, told=True),
     }
-    return moved | {(exchange, way): flat for exchange in EXCHANGES[:2] for way in WAYS}
+    moved = {("hierarchical", way): of_way for way, of_way in relayed.items()}
+    return moved | {(exchange, way): flat for exchange in EXCHANGES[:2] for way in relayed}
 
 
 def predict(
@@ -191,7 +150,8 @@ def predict(
     exchange
         "flat single", "flat rounds" or "hierarchical".
     way
-        "dispatch", or "combine", which moves the same bytes back.
+        "dispatch", or "combine", which moves the same bytes back; or the backward pass of either,
+        which plans nothing.
     groups
         What each group moves.
     constants
@@ -208,13 +168,15 @@ def predict(
     >>> rows = Rows((0, 1), [np.array([[0, 2e9], [1e9, 0]])])
     >>> predicted = predict(topology, "flat rounds", "dispatch", [rows])
     >>> round(predicted.time_s, 2), predicted.bottleneck
-    (2.0, 'link switch0 to nic1, 2e+03 ms of 2e+03')
+    (2.0, 'downlink of node 1, 2e+03 ms of 2e+03')
     """
-    for name, value, allowed in (("exchange", exchange, EXCHANGES), ("way", way, WAYS)):
+    ways = *WAYS, *BACKWARD_WAYS
+    for name, value, allowed in (("exchange", exchange, EXCHANGES), ("way", way, ways)):
         if value not in allowed:
             raise InputError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
     if constants is None:
-        constants = read_constants(topology).get((exchange, way), Constants())
+        constants = constants_of(read_constants(topology), exchange, way, Constants())
+    way = _ALIKE.get(way, way)
     steps_P: list[list[Step]] = [[] for _ in range(topology.num_ranks)]
     for rows in groups:
         local = topology.subset(rows.ranks)
@@ -232,14 +194,27 @@ def predict(
         )
     else:
         line = run_steps_together(topology, steps_P, at_once=constants.at_once)
-    busy = zip(topology.links, line.busy_L.tolist(), strict=True)
+    busy_s = {
+        (link.source, link.target): busy_s
+        for link, busy_s in zip(topology.links, line.busy_L.tolist(), strict=True)
+        if busy_s > 0
+    }
     largest = max((len(rows.ranks) for rows in groups), default=0)
     # Half of it is a rank's own planning, half grows with the ranks that it tells its counts to.
     start_s = constants.start_s * (1 + largest / topology.num_ranks) / 2
-    return Prediction(
-        start_s + line.time_s,
-        {(link.source, link.target): busy_s for link, busy_s in busy if busy_s > 0},
-    )
+    time_s = start_s + line.time_s
+    return Prediction(time_s, busy_s, _bottleneck(topology, time_s, busy_s))
+
+
+def _bottleneck(topology: Topology, time_s: float, busy_s: Mapping[tuple[str, str], float]) -> str:
+    if not busy_s:
+        return "no link is used"
+    source, target = busiest = max(busy_s, key=lambda ends: busy_s[ends])
+    name, vertices = f"link {source} to {target}", topology.graph.nodes
+    for way, nic, other in (("uplink", source, target), ("downlink", target, source)):
+        if vertices[nic].get("kind") == "nic" and vertices[other].get("kind") != "device":
+            name = f"{way} of node {vertices[nic].get('node', nic)}"
+    return f"{name}, {busy_s[busiest] * 1e3:.3g} ms of {time_s * 1e3:.3g}"
 
 
 class _Work:
@@ -331,9 +306,11 @@ def _relayed_steps(
     def add(flows: Sequence[Flows], part: int | None, ahead: tuple[int, int] = (0, 0)) -> None:
         work_sp, near = beside(part)
         work_sp = work_sp + work.messages_s(flows)
-        if rows.told:  # positions go along with the rows that they are about, weights at first
+        if (
+            rows.told and way == "dispatch"
+        ):  # positions go along with the rows that they are about, weights at first
             work_sp = work_sp + work.messages_s(flows)
-            if way == "dispatch" and len(steps_p[0]) == 1:  # right behind the plan
+            if len(steps_p[0]) == 1:  # right behind the plan
                 work_sp = work_sp + work.messages_s(weights)
         for place, steps in enumerate(steps_p):
             steps.append(Step((*flows[place], *near[place]), float(work_sp[place]), *ahead))
@@ -364,6 +341,8 @@ def _relayed_steps(
     if way == "dispatch":
         for left in [arrived] if order else range(len(parts)):
             add(nothing, left)
+    elif rows.told:
+        add(weights, None)
     return steps_p
 
 

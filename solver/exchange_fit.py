@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 
 import numpy as np
 
 from tamoe.solver.constants import ROUNDS_AHEAD, Constants
-from tamoe.solver.exchange_cost import EXCHANGES, WAYS, Exchange, Rows, Way, predict
+from tamoe.solver.exchange_cost import KEYS, Exchange, Key, Rows, Way, predict
 from tamoe.topology.errors import InputError
 from tamoe.topology.graph import Topology
 
-Key = tuple[Exchange, Way]
-KEYS: tuple[Key, ...] = tuple(product(EXCHANGES, WAYS))
 # Of ms at the start, ms a message, ns a byte, ns a byte of tokens, share that crossing flows keep.
 _START = np.array([5.0, 0.1, 1.0, 1.0, 0.9])
 _SCALE = np.array([10.0, 0.2, 1.0, 1.0, 0.1])

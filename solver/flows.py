@@ -10,7 +10,7 @@ those of the next, and flows that two of the busiest links mix with others lose 
 A link with a token bucket lets a burst through before it holds back; the bucket fills again while
 the link is less than full.
 
-Shape suffixes: F flows, L links, P ranks.
+Shape suffixes: F flows, L links, P ranks, S steps.
 """
 
 from __future__ import annotations
@@ -132,26 +132,35 @@ def run_steps(
     credit_L, busy_L = burst_L.copy(), np.zeros_like(burst_L)
     step_P, now_s = np.zeros(num_ranks, dtype=int), 0.0
     left_s_P = np.array([steps[0].work_s if steps else 0.0 for steps in steps_P])
+    # Flows that keep each rank in each of its steps: its own, until the rest fits in a socket, and
+    # those that it waits for then.
+    held_PS = np.zeros((num_ranks, 1 + int(last_P.max(initial=0))), dtype=int)
+    held = [
+        (np.ones(len(ends), dtype=bool), SOCKET_BYTES, (source_F, step_F)),
+        (np.ones(len(ends), dtype=bool), 0.0, (target_F, due_F)),
+    ]
+    for _, _, places in held:
+        np.add.at(held_PS, places, 1)
     while True:
-        held = _held(source_F, target_F, step_F, due_F, left_F)
-        _advance(steps_P, step_P, last_P, left_s_P, held)
+        for holds_F, until, (end_F, number_F) in held:
+            freed_F = holds_F & (left_F <= until)
+            np.subtract.at(held_PS, (end_F[freed_F], number_F[freed_F]), 1)
+            holds_F &= ~freed_F
+        _advance(steps_P, step_P, last_P, left_s_P, held_PS)
         if (step_P >= last_P).all():
             return Timeline(float(now_s), busy_L)
         active_F = (left_F > 0) & (step_P[source_F] >= step_F) & (step_P[target_F] >= opens_F)
         capacity_L = np.where(credit_L > 0, FREE_BYTES_PER_S, bandwidth_L)
-        rate_F = np.zeros(len(left_F))
+        rate_F, active_FL = np.zeros(len(left_F)), incidence_FL[active_F]
         later_F = np.unique(step_F[active_F], return_inverse=True)[1]  # steps with flows before
         rate_F[active_F] = fair_rates(
-            incidence_FL[active_F],
-            capacity_L,
-            weight_F[active_F] * LATER**later_F,
-            together=TOGETHER,
+            active_FL, capacity_L, weight_F[active_F] * LATER**later_F, together=TOGETHER
         )
-        load_L = rate_F @ incidence_FL
-        left_s_L = left_F[active_F] @ incidence_FL[active_F] / bandwidth_L
+        load_L = rate_F[active_F] @ active_FL
+        left_s_L = left_F[active_F] @ active_FL / bandwidth_L
         busiest_L = left_s_L > NEARLY * left_s_L.max(initial=0.0)
         busiest_L &= credit_L == 0  # a burst is held up by nothing
-        crosses_F = _crossing(incidence_FL[active_F], busiest_L)
+        crosses_F = _crossing(active_FL[:, busiest_L])
         rate_F[active_F] *= np.where(crosses_F, kept_F[active_F], 1.0)
         working = int(np.count_nonzero(left_s_P))
         core_share = min((at_once or num_ranks) / max(working, 1), 1.0)  # that each of them has
@@ -262,10 +271,10 @@ def fair_rates(
     return rate_F
 
 
-def _crossing(incidence_FL: np.ndarray, busiest_L: np.ndarray) -> np.ndarray:
-    """Whether two of the busiest links mix a flow with others."""
+def _crossing(incidence_FL: np.ndarray) -> np.ndarray:
+    """Whether two of these links mix a flow with others."""
     both_LL = incidence_FL.T @ incidence_FL  # flows on both links
-    mixed_LL = (both_LL < both_LL.diagonal()[:, None]) & busiest_L & busiest_L[:, None]
+    mixed_LL = both_LL < both_LL.diagonal()[:, None]
     mixed_LL |= mixed_LL.T
     crosses_F: np.ndarray = ((incidence_FL @ mixed_LL) * incidence_FL).any(1)
     return crosses_F
@@ -287,29 +296,16 @@ def _flows(
     return ends, numbers, np.array(list(found.values()), dtype=float)
 
 
-def _held(
-    source_F: np.ndarray,
-    target_F: np.ndarray,
-    step_F: np.ndarray,
-    due_F: np.ndarray,
-    left_F: np.ndarray,
-) -> set[tuple[int, int]]:
-    """Ranks, with the numbers of those of their steps that cannot end yet."""
-    open_F, unsent_F = left_F > 0, left_F > SOCKET_BYTES
-    sending = zip(source_F[unsent_F].tolist(), step_F[unsent_F].tolist(), strict=True)
-    return {*sending, *zip(target_F[open_F].tolist(), due_F[open_F].tolist(), strict=True)}
-
-
 def _advance(
     steps_P: Sequence[Sequence[Step]],
     step_P: np.ndarray,
     last_P: np.ndarray,
     left_s_P: np.ndarray,
-    held: set[tuple[int, int]],
+    held_PS: np.ndarray,
 ) -> None:
     """Let every rank whose step is done begin the next one that has something to do."""
     for rank in np.flatnonzero((step_P < last_P) & (left_s_P == 0)).tolist():
-        while (rank, int(step_P[rank])) not in held:
+        while not held_PS[rank, step_P[rank]]:
             step_P[rank] += 1
             if step_P[rank] == last_P[rank]:
                 break

@@ -52,9 +52,18 @@ HEADER_WORDS = 2 + len(_FIELDS)
 INLINE_COUNTS = MESSAGE_WORDS - HEADER_WORDS
 
 
-def layout_code(kind: str, schedule: str, nodes: Nodes, rank_of_N: Sequence[int]) -> int:
-    """A number that differs, but for chance, between exchanges that cannot work together."""
-    text = repr((kind, schedule, nodes, rank_of_N))
+def layout_code(
+    kind: str,
+    schedule: str,
+    nodes: Nodes,
+    groups: Sequence[Sequence[int]],
+    rank_of_N: Sequence[int],
+) -> int:
+    """A number that differs, but for chance, between exchanges that cannot work together.
+
+    ``groups`` are those of the canonical sum: nodes, then switches of every level.
+    """
+    text = repr((kind, schedule, nodes, [list(group) for group in groups], list(rank_of_N)))
     return zlib.crc32(text.encode()) >> 1  # fits 32 bits with a sign
 
 

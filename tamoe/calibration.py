@@ -12,7 +12,7 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,8 +24,15 @@ from tamoe.groups import works_by_gloo
 from tamoe.progress import Count, Progress
 from tamoe.relays import count_copies, plan_forwarding
 from tamoe.solver.constants import ROUNDS_AHEAD, Constants, with_constants
-from tamoe.solver.exchange_cost import EXCHANGES, WAYS, Rows, rows_of_group
-from tamoe.solver.exchange_fit import KEYS, MOST_STEPS, Measured, fit
+from tamoe.solver.exchange_cost import (
+    BACKWARD_WAYS,
+    EXCHANGES,
+    KEYS,
+    WAYS,
+    Rows,
+    rows_of_group,
+)
+from tamoe.solver.exchange_fit import MOST_STEPS, Measured, fit
 from tamoe.solver.relays import make_relays, sum_groups
 from tamoe.timing import line_up, refill_s
 from tamoe.topology.graph import Topology
@@ -38,6 +45,7 @@ CALIBRATION = ("even", "uneven", "local 8", "local 64", "one-hot")
 INSIDE = ((1024, 8), (4096, 2))
 REPETITIONS = 9
 MOST_AGAIN = 3
+Result = TypeVar("Result")
 ERROR_OF_MEDIAN = 0.93  # of values with a normal distribution, times the range of the middle half
 
 
@@ -105,6 +113,7 @@ def measure(
     *,
     budget_s: float | None = None,
     steady: float | None = None,
+    backward: bool = False,
 ) -> list[Measured]:
     """Time every exchange in every case, all groups at once; every rank calls it.
 
@@ -127,6 +136,8 @@ def measure(
     steady
         Standard error of a median, as a share of it, above which an exchange goes on to run, in
         turns, up to ``MOST_AGAIN`` times as often. None: none does.
+    backward
+        Time the backward passes, too, of tokens and weights that need gradients.
 
     Returns
     -------
@@ -144,7 +155,8 @@ def measure(
     for seed, case in enumerate(cases):
         index_TK = routing(case, members.index(rank), 1000 * seed + rank)
         moved.append(_moved(topology, local, members, case, index_TK))
-        timed.append(_Timed(case, index_TK.to(device), _exchanges(local, group), pause_s))
+        exchanges = _exchanges(local, group)
+        timed.append(_Timed(case, index_TK.to(device), exchanges, pause_s, backward))
     began_s = time.monotonic()
     # The first run connects pairs, and exchanges learn how many tokens come.
     for done in range(repetitions + 1):
@@ -160,8 +172,9 @@ def measure(
             for one, names in random.Random(done).sample(varied, len(varied)):
                 one.run(finish, names)
     measured: list[Measured] = []
+    ways = (*WAYS, *BACKWARD_WAYS) if backward else WAYS
     for case, one, bytes_of in zip(cases, timed, moved, strict=True):
-        for kind, (way_number, way) in itertools.product(EXCHANGES, enumerate(WAYS)):
+        for kind, (way_number, way) in itertools.product(EXCHANGES, enumerate(ways)):
             runs = one.last_s(kind)[:, way_number]
             low_s, middle_s, high_s = np.percentile(runs, (25, 50, 75)).tolist()
             measured.append(
@@ -200,13 +213,19 @@ class _Timed:
     """
 
     def __init__(
-        self, case: Case, index_TK: torch.Tensor, exchanges: dict[str, Exchange], pause_s: float
+        self,
+        case: Case,
+        index_TK: torch.Tensor,
+        exchanges: dict[str, Exchange],
+        pause_s: float,
+        backward: bool,
     ) -> None:
         self._exchanges, self._index_TK, self._pause_s = exchanges, index_TK, pause_s
-        self._num_experts = case.weight_pN.shape[1]
-        self._x_TD = torch.randn(len(index_TK), case.hidden_size, device=index_TK.device)
-        self._weight_TK = torch.rand(index_TK.shape, device=index_TK.device)
-        self.seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in exchanges}
+        self._num_experts, self._backward = case.weight_pN.shape[1], backward
+        x_TD = torch.randn(len(index_TK), case.hidden_size, device=index_TK.device)
+        weight_TK = torch.rand(index_TK.shape, device=index_TK.device)
+        self._x_TD, self._weight_TK = (t.requires_grad_(backward) for t in (x_TD, weight_TK))
+        self.seconds: dict[str, list[list[float]]] = {name: [] for name in exchanges}
         self._looked_at = list(exchanges)
 
     def last_s(self, name: str) -> np.ndarray:
@@ -231,19 +250,31 @@ class _Timed:
     def run(self, finish: Callable[[], None], names: Sequence[str] = EXCHANGES) -> None:
         """Time some exchanges once."""
         for name in names:
-            exchange = self._exchanges[name]
-            line_up(self._pause_s)
-            began_s = time.perf_counter()
-            row_RD, handle = exchange.dispatch(
+            seconds: list[float] = []
+            self.seconds[name].append(seconds)
+
+            def timed(call: Callable[[], Result], seconds: list[float] = seconds) -> Result:
+                line_up(self._pause_s)
+                began_s = time.perf_counter()
+                result = call()
+                finish()
+                seconds.append(time.perf_counter() - began_s)
+                return result
+
+            self._run(self._exchanges[name], timed)
+
+    def _run(self, exchange: Exchange, timed: Callable[[Callable[[], Any]], Any]) -> None:
+        row_RD, handle = timed(
+            lambda: exchange.dispatch(
                 self._x_TD, self._index_TK, self._weight_TK, num_experts=self._num_experts
             )
-            finish()
-            dispatch_s = time.perf_counter() - began_s
-            line_up(self._pause_s)
-            began_s = time.perf_counter()
-            exchange.combine(row_RD, handle)
-            finish()
-            self.seconds[name].append((dispatch_s, time.perf_counter() - began_s))
+        )
+        out_TD = timed(lambda: exchange.combine(row_RD, handle))
+        if self._backward:
+            between, to_out_TD = (row_RD, handle.weight), torch.ones_like(out_TD)
+            to_between = timed(lambda: torch.autograd.grad(out_TD, between, to_out_TD))
+            given = self._x_TD, self._weight_TK
+            timed(lambda: torch.autograd.grad(between, given, to_between))
 
 
 def _moved(

@@ -226,8 +226,8 @@ class Exchange:
         ------
         InputError
             On every rank, before rows move: a shape, dtype or index that is not allowed on one of
-            them, or dtype, hidden size, K, N, need for gradients, schedule or placement that
-            differ.
+            them, or dtype, hidden size, K, N, need for gradients, schedule, nodes, switches or
+            placement that differ.
         """
         num_parts = self._planner.num_parts(x_TD)
         problem = input_problem(
@@ -242,7 +242,13 @@ class Exchange:
             num_experts=num_experts,
             requires_grad=torch.is_grad_enabled() and x_TD.requires_grad,
             weighted=self._weighted(weight_TK),
-            layout=layout_code(f"{self.kind}/{num_parts}", self.schedule, self.nodes, rank_of_N),
+            layout=layout_code(
+                f"{self.kind}/{num_parts}",
+                self.schedule,
+                self.nodes,
+                self._planner.groups,
+                rank_of_N,
+            ),
             num_tokens=len(x_TD) if x_TD.ndim else 0,
             problem=problem,
         )

@@ -127,7 +127,7 @@ def plan_flat(
         See :func:`~tamoe.summation.plan_sum`.
     num_slices
         Slices that the rows travel in, >= 1, the same on all ranks; from
-        :func:`~tamoe.solver.exchange_cost.slices_for`.
+        :func:`~tamoe.solver.parts.slices_for`.
     """
     send_splits, receive_splits = ([*map(sum, way)] for way in (sent_PE, received_PE))
     place_R = _places(received_PE, token_n.device)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from tamoe.solver.exchange_cost import turns
+from tamoe.solver.parts import turns
 from tamoe.transfer import Waiting
 
 Part = Iterator[Waiting | None]

@@ -18,7 +18,7 @@ from tamoe.ops import build_index
 from tamoe.record import timed
 from tamoe.schedules import Mover
 from tamoe.shares import added, counts_of_parts, cut_tokens, make_shares, sort_choices
-from tamoe.solver.exchange_cost import MOST_PARTS, num_parts, slices_for
+from tamoe.solver.parts import MOST_PARTS, num_parts, slices_for
 from tamoe.solver.relays import Relays
 from tamoe.summation import count_sums
 

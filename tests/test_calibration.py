@@ -16,8 +16,8 @@ from tamoe.cases import EXPERTS_PER_RANK, HIDDEN_SIZE, make_case, routing
 from tamoe.solver import Workload
 from tamoe.solver.choice import choose_exchange
 from tamoe.solver.constants import ROUNDS_AHEAD, Constants, read_constants
-from tamoe.solver.exchange_cost import EXCHANGES, predict, rows_of_group
-from tamoe.solver.exchange_fit import KEYS, MOST_STEPS, Key, Measured, fit
+from tamoe.solver.exchange_cost import EXCHANGES, KEYS, Key, predict, rows_of_group
+from tamoe.solver.exchange_fit import MOST_STEPS, Measured, fit
 from tamoe.topology import ClusterSpec, InputError, Topology, run_ranks
 
 TREE = Topology.from_tree("3x2", bandwidth_bytes_per_s=(1e9, 1e7))

@@ -64,7 +64,7 @@ def test_a_plan_for_several_groups_makes_the_exchange_of_each() -> None:
         assert answer["nodes"] == ((0,), (1,))
         assert answer["sums"]
         assert answer["reason"] == answers[0]["reason"]  # all groups take the same one
-        assert "dispatch and combine take" in answer["reason"]
+        assert "dispatch and combine, forward and backward, take" in answer["reason"]
         pair = (0, 1) if rank < 2 else (2, 3)
         told = answer["told"]
         assert f"4 ranks and the group 2, {pair} of the job" in told["several"]

@@ -148,7 +148,7 @@ def test_what_cannot_go_the_way_of_an_earlier_dispatch():
 def identity_on(
     group: Any, topology: Topology | None, tokens: list[int], experts_per_rank: int, top_k: int
 ) -> None:
-    """Payload that tells its origin, order of rows, identity and its gradient, both schedules."""
+    """Payload that tells its origin, order of rows, identity and its gradient, every exchange."""
     rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
     num_experts = experts_per_rank * num_ranks
     indices = [random_index(t, num_experts, top_k, seed=31 * r) for r, t in enumerate(tokens)]
@@ -164,8 +164,11 @@ def identity_on(
     ]
     kept_T1 = (indices[rank] >= 0).sum(1, keepdim=True).float()
     bits = []
-    for schedule in ("single", "rounds", "single") if topology is not None else ("single",) * 2:
-        exchange = Exchange(topology, group=group, schedule=schedule)
+    ways: Any = [("flat", "single")] * 2  # again, too
+    if topology is not None:
+        ways += [("flat", "rounds"), ("hierarchical", "auto"), ("hierarchical", "auto")]
+    for kind, schedule in ways:
+        exchange = Exchange(topology, group=group, kind=kind, schedule=schedule)
         x_TD = origin_TD.clone().requires_grad_()
         row_RD, handle = exchange.dispatch(x_TD, indices[rank], num_experts=num_experts)
         assert row_RD.tolist() == expected
@@ -202,6 +205,7 @@ def refusals(topology: Topology) -> list[str]:
         grad: bool = False,
         weighted: bool = True,
         schedule: Any = "auto",
+        levels: str = "",
         ndim: int = 2,
         device: str = "cpu",
     ) -> None:
@@ -210,6 +214,7 @@ def refusals(topology: Topology) -> list[str]:
         index_TK = torch.full((3, top_k), index)
         weight_TK = torch.ones(3, top_k) if weighted else None
         chosen = exchange if schedule == "auto" else Exchange(topology, schedule=schedule)
+        chosen = Exchange(tree(levels)) if levels else chosen
         chosen.dispatch(x_TD, index_TK, weight_TK, num_experts=num_experts)
 
     changes: list[dict[str, Any]] = [
@@ -223,6 +228,7 @@ def refusals(topology: Topology) -> list[str]:
         {"grad": True},
         {"weighted": False},
         {"schedule": "single"},
+        {"levels": "[[2,2],[2,2]]"},  # the same nodes, under other switches
         {"ndim": 3},
         {"device": "meta"},
     ]
@@ -309,14 +315,15 @@ def test_a_rank_that_differs_is_named_on_every_rank(answers):
         f"requires_grad differs .*: False on {others}; True on rank 2",
         f"weight_TK differs .*: given on {others}; None on rank 2",
         f"exchange differs .*: layout .* on {others}; layout .* on rank 2",
+        f"exchange differs .*: layout .* on {others}; layout .* on rank 2",
         "rank 2 of the group refused its input",
         "rank 2 of the group refused its input",
     ]
     own = {
         5: "num_experts is 12; allowed: a positive multiple",
         6: "expert_index_TK holds 8 to 8; allowed: 0 to 7",
-        10: "x_TD is torch.float32 of shape",
-        11: "expert_index_TK is on cpu; allowed: that of x_TD, meta",
+        11: "x_TD is torch.float32 of shape",
+        12: "expert_index_TK is on cpu; allowed: that of x_TD, meta",
     }
     for rank, answer in enumerate(answers):
         for number, (match, text) in enumerate(zip(expected, answer["told"], strict=True)):

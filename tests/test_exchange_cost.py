@@ -10,16 +10,9 @@ from hypothesis import example, given, settings, strategies as st
 from tamoe.solver import Workload, exchange_cost, flows
 from tamoe.solver.choice import choose_exchange
 from tamoe.solver.constants import FILE_KEY, Constants, read_constants, with_constants
-from tamoe.solver.exchange_cost import (
-    EXCHANGES,
-    MOST_SLICES,
-    WAYS,
-    Rows,
-    part_shares,
-    predict,
-    rows_of_group,
-)
+from tamoe.solver.exchange_cost import EXCHANGES, WAYS, Rows, predict, rows_of_group
 from tamoe.solver.flows import SOCKET_BYTES, run_steps
+from tamoe.solver.parts import MOST_SLICES, part_shares
 from tamoe.topology import ClusterSpec, InputError, Topology
 
 TREES = ["2x1", "2x2", "4x2", [3, 1], [[2, 1], [2]], [[1, 2], [3, 1]]]

@@ -15,25 +15,28 @@ import torch.distributed as dist
 from tamoe import ExchangeError
 from tamoe.exchange import Exchange, Kind
 from tamoe.topology import RankError, Topology, ranks, run_ranks
-from tamoe.transfer import Transfer, Waiting
+from tamoe.transfer import Round, Transfer, Waiting
 
 TIMEOUT_S = 3.0
-REPETITIONS = int(os.environ.get("TAMOE_FAULTS", "1"))  # of each of 30 cases
+REPETITIONS = int(os.environ.get("TAMOE_FAULTS", "1"))  # of each of 60 cases
 VICTIM = 3
 
 
-def struck(rank: int, kind: Kind, when: str, how: int, moment: str, folder: str) -> None:
+def struck(
+    rank: int, kind: Kind, schedule: Any, when: str, how: int, moment: str, folder: str
+) -> None:
     """An exchange in which one rank is struck; the others note what they were told."""
     topology = Topology.from_tree("2x2", bandwidth_bytes_per_s=(1e9, 1e9))
-    exchange = Exchange(topology, kind=kind, timeout_s=TIMEOUT_S)
+    exchange = Exchange(topology, kind=kind, schedule=schedule, timeout_s=TIMEOUT_S)
     x_TD = torch.ones(64, 2048 if moment == "rows under way" else 32, requires_grad=True)
     index_TK = torch.arange(8).repeat(64, 1)
+    weight_TK = torch.ones(64, 8, requires_grad=True)
 
     def strike(phase: str) -> None:
         if phase != when:
             return
         if rank == VICTIM and moment == "rows under way":
-            strike_between_nodes(how)
+            strike_on_the_way(how)
         elif rank == VICTIM:
             os.kill(os.getpid(), how)
         if moment == "late":
@@ -42,12 +45,13 @@ def struck(rank: int, kind: Kind, when: str, how: int, moment: str, folder: str)
     def run(strikes: bool) -> None:
         if strikes:
             strike("dispatch")
-        row_RD, handle = exchange.dispatch(x_TD, index_TK, num_experts=8)
+        row_RD, handle = exchange.dispatch(x_TD, index_TK, weight_TK, num_experts=8)
         if strikes:
+            row_RD.register_hook(lambda _: strike("dispatch_backward"))
             strike("combine")
         out_TD = exchange.combine(row_RD, handle)
         if strikes:
-            strike("backward")
+            strike("combine_backward")
         out_TD.sum().backward()
 
     run(False)
@@ -61,17 +65,17 @@ def struck(rank: int, kind: Kind, when: str, how: int, moment: str, folder: str)
         raise
 
 
-def strike_between_nodes(how: int) -> None:
+def strike_on_the_way(how: int) -> None:
     """Strike this rank as soon as rows of its own are on their way to another node."""
-    start = Transfer.start
+    start = Transfer._start
 
-    def struck_start(self: Transfer, number: int) -> Waiting:
-        wait = start(self, number)
-        if number:
+    def struck_start(self: Transfer, step: Round, where: str, tag: int = 0) -> Waiting:
+        wait = start(self, step, where, tag)
+        if 0 in step.targets and "counts" not in where:
             os.kill(os.getpid(), how)
         return wait
 
-    Transfer.start = struck_start  # type: ignore[method-assign]
+    Transfer._start = struck_start  # type: ignore[method-assign]
 
 
 @pytest.fixture(autouse=True)
@@ -87,8 +91,10 @@ def _launcher_lets_all_ranks_speak(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("kind", ["flat", "hierarchical"])
-@pytest.mark.parametrize("when", ["dispatch", "combine", "backward"])
+@pytest.mark.parametrize(
+    ("kind", "schedule"), [("flat", "single"), ("flat", "rounds"), ("hierarchical", "auto")]
+)
+@pytest.mark.parametrize("when", ["dispatch", "combine", "combine_backward", "dispatch_backward"])
 @pytest.mark.parametrize(
     ("how", "moment"),
     [
@@ -100,23 +106,21 @@ def _launcher_lets_all_ranks_speak(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_every_other_rank_raises_and_names_the_hop(
-    kind: Kind, when: str, how: int, moment: str, tmp_path_factory: Any
+    kind: Kind, schedule: str, when: str, how: int, moment: str, tmp_path_factory: Any
 ) -> None:
     for _ in range(REPETITIONS):
         folder = tmp_path_factory.mktemp("told")
+        given = kind, schedule, when, int(how), moment, str(folder)
         with pytest.raises(RankError):
-            run_ranks(
-                4, struck, kind, when, int(how), moment, str(folder), timeout_s=20 * TIMEOUT_S
-            )
+            run_ranks(4, struck, *given, timeout_s=20 * TIMEOUT_S)
         told = {path.name: path.read_text() for path in folder.iterdir()}
         assert set(told) == {"0", "1", "2"}
         for text in told.values():
             assert float(text.split()[0]) < 3 * TIMEOUT_S  # a wait each for counts, rows and back
             assert f"{kind} exchange, " in text, text
             assert "failed with rank" in text
-            hop = r"(, hop of level 1)?(, round 1 between nodes|, inside the node)"
-            wanted = {"dispatch": rf"counts|dispatch{hop}", "combine": f"combine{hop}"}
-            where = wanted.get(when, f"combine_backward{hop}")
+            hop = r"(, hop of level 1)?(, round 1 between nodes|, inside the node|, all ranks)"
+            where = f"counts|{when}{hop}" if when == "dispatch" else f"{when}{hop}"
             if moment == "rows under way":  # all of them may have come; what follows then fails
                 where = f"counts|(dispatch|combine|combine_backward|dispatch_backward){hop}"
             assert re.search(f"exchange, ({where})", text), text

@@ -205,19 +205,20 @@ def compare(group: Any, topology: Topology, seeds: range, chunks: Any = 3) -> in
     return len(seeds)
 
 
-def on_all_shapes(rank: int, routings: int) -> int:
+def on_all_shapes(rank: int, routings: int) -> tuple[int, int]:
+    """Routings of all shapes, and those that this rank was part of and compared."""
     number = sum(map(len, SHAPES.values()))
-    each, done = -(-routings // number), 0
+    each, done, compared = -(-routings // number), 0, 0
     for num_ranks, shapes in SHAPES.items():
         group = dist.new_group(list(range(num_ranks)))
         for shape in shapes:
             if rank < num_ranks:
-                compare(group, tree(shape), range(done, done + each))
+                compared += compare(group, tree(shape), range(done, done + each))
             done += each
     mixed = tree("2x4").subset([5, 0, 7, 2, 4, 1, 3, 6])  # ranks of a node are not neighbours
     compare(dist.group.WORLD, mixed, range(8))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tamoe.solver.exchange_cost.PART_BYTES", 64)  # several parts for a few tokens
+        patch.setattr("tamoe.solver.parts.PART_BYTES", 64)  # several parts for a few tokens
         compare(dist.group.WORLD, tree("[[2,1],[3,2]]"), range(8), chunks="auto")
     strided = dist.new_group([1, 3, 4, 7])
     if rank in (1, 3, 4, 7):
@@ -225,7 +226,7 @@ def on_all_shapes(rank: int, routings: int) -> int:
         compare(strided, tree("2x4").subset([1, 3, 4, 7]), range(8))
     for groups in (((0, 2, 4, 6), (1, 3, 5, 7)), ((0, 1, 2, 3), (4, 5, 6, 7)), ((0, 3, 6), (1, 2))):
         compare_groups(rank, "4x2", groups)
-    return done
+    return done, compared
 
 
 def compare_groups(rank: int, shape: str, groups: tuple[tuple[int, ...], ...]) -> None:
@@ -248,6 +249,8 @@ def other_uses(rank: int) -> list[str]:
         x_TD = torch.randn(6, 40_000 if name == "wide" else 5, generator=own)
         x_TD.requires_grad_(name != "x without gradient")
         weight_TK = torch.rand(6, 3, generator=own)
+        if name == "a weight is NaN":
+            weight_TK[2, 1] = float("nan")
         weight_TK.requires_grad_(name != "weights without gradient")
         row_RD, handle = exchange.dispatch(x_TD, index_TK, weight_TK, num_experts=8)
         assert row_RD.requires_grad == (name != "x without gradient")
@@ -262,6 +265,8 @@ def other_uses(rank: int) -> list[str]:
             given = x_TD.detach() + x_TD, index_TK, weight_TK
             anew_RD, anew = exchange.dispatch(*given, num_experts=8)
             out_TD = out_TD + exchange.combine(anew_RD * 0.3, anew)
+        if name == "a weight is NaN":
+            assert out_TD.isnan().any(1).tolist() == [False, False, True, False, False, False]
         out_TD.sum().backward(retain_graph=name == "backward twice")
         if name == "backward twice":
             out_TD.sum().backward()
@@ -272,6 +277,7 @@ def other_uses(rank: int) -> list[str]:
         "wide",
         "x without gradient",
         "weights without gradient",
+        "a weight is NaN",
         "combined twice",
         "backward twice",
     ):
@@ -284,7 +290,10 @@ def other_uses(rank: int) -> list[str]:
 
 
 def alike(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    return a is b if a is None or b is None else torch.equal(a, b)
+    """Equal bits; NaNs, which have many, are alike."""
+    if a is None or b is None:
+        return a is b
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 @pytest.mark.ranks
@@ -333,5 +342,7 @@ def test_nothing_is_left_of_steps_and_groups() -> None:
 @pytest.mark.ranks
 @pytest.mark.timeout(0)  # run_ranks has one
 def test_hierarchical_is_flat_is_one_process_to_the_bit() -> None:
-    done = run_ranks(8, on_all_shapes, ROUTINGS, timeout_s=300 + ROUTINGS)
-    assert min(done) >= ROUTINGS
+    counted = run_ranks(8, on_all_shapes, ROUTINGS, timeout_s=300 + ROUTINGS)
+    assert counted[0] == (counted[0][1],) * 2  # rank 0 is part of all
+    assert min(done for done, _ in counted) >= ROUTINGS
+    assert counted[7][1] > 0  # and the last one of those of eight ranks

@@ -59,7 +59,7 @@ def in_every_shape(rank: int) -> dict[str, list[str]]:
         patch.setattr(Mover, "_memory", None)
         patch.setattr(WordSwap, "agree", lambda *_: None)
         patch.setattr("tamoe.summation.PIECES_ON", ())
-        patch.setattr("tamoe.solver.exchange_cost.SLICE_BYTES", 64)  # several slices
+        patch.setattr("tamoe.solver.parts.SLICE_BYTES", 64)  # several slices
         for shape, levels in SHAPES.items():
             exchanges = {
                 "flat, single": Exchange(tree(shape), kind="flat", schedule="single"),

@@ -14,7 +14,7 @@ from tamoe.bench import Setting, random_routing
 from tamoe.exchange import Exchange
 from tamoe.experiments.memory import measure, peak_extra
 from tamoe.flat import FlatRoute
-from tamoe.solver import exchange_cost
+from tamoe.solver import parts
 from tamoe.topology import Topology, run_ranks
 
 MOST_OF_IN_AND_OUT = 1.25
@@ -87,13 +87,13 @@ def sliced_and_whole(rank: int, schedule: Any) -> list[bool]:
     index_TK[::5, 1] = -1
     results = []
     for slice_bytes in (2**22, 128):
-        exchange_cost.SLICE_BYTES = slice_bytes
+        parts.SLICE_BYTES = slice_bytes
         exchange = Exchange(topology, kind="flat", schedule=schedule)
         x_TD = torch.arange(setting.tokens * 8.0).view(-1, 8).sin().requires_grad_()
         weight_TK = torch.linspace(-1, 2, index_TK.numel()).view_as(index_TK).requires_grad_()
         row_RD, handle = exchange.dispatch(x_TD, index_TK, weight_TK, num_experts=8)
         assert isinstance(handle.route, FlatRoute)
-        slices = 1 if slice_bytes == 2**22 else exchange_cost.MOST_SLICES
+        slices = 1 if slice_bytes == 2**22 else parts.MOST_SLICES
         assert len(handle.route.slices) == slices
         out_TD = exchange.combine(row_RD.square() * (1 + rank), handle)
         out_TD.cos().sum().backward()
