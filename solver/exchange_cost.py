@@ -341,7 +341,7 @@ def _relayed_steps(
     if way == "dispatch":
         for left in [arrived] if order else range(len(parts)):
             add(nothing, left)
-    elif rows.told:
+    elif rows.told and weights:
         add(weights, None)
     return steps_p
 

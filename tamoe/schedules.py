@@ -28,9 +28,9 @@ from tamoe.waiting import Patience
 Schedule = Literal["single", "rounds"]
 Nodes = tuple[tuple[int, ...], ...]
 # Rows inside a node go through shared memory so many at a time: few enough to stay in a cache and
-# to take little memory, enough to hide the message that goes with them. With the few rows more that
-# are left where they do not divide, they fill a half of an outbox.
-SLICE_BYTES = 2**21 - 2**16
+# to take little memory, enough to hide the message that goes with them. Halves of outboxes, which
+# are powers of two, hold just so many.
+SLICE_BYTES = 2**21
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +128,9 @@ class Mover:
         )
         memory = self._memory if row_nD.device.type == "cpu" else None
         row_bytes = row_nD.shape[1] * row_nD.element_size()
-        num_slices = 1 if memory is None else max(1, -(-most_rows * row_bytes // SLICE_BYTES))
+        # Each slice may have a row more for every rank, where rows do not divide.
+        rows_each = max(SLICE_BYTES // max(row_bytes, 1) - len(near), 1)
+        num_slices = 1 if memory is None else max(1, -(-most_rows // rows_each))
         index_P = index_m.split(sends)
         for number in range(num_slices):
             sent, received = (_slices(c, number, num_slices) for c in (sends, receives))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ from tamoe.calibration import measure
 from tamoe.cases import make_case
 from tamoe.solver import Workload
 from tamoe.solver.choice import choose_exchange, sample_routing
-from tamoe.solver.constants import Constants, constants_of, with_constants
+from tamoe.solver.constants import Constants, with_constants
 from tamoe.solver.exchange_cost import (
     BACKWARD_WAYS,
     EXCHANGES,
@@ -18,7 +20,7 @@ from tamoe.solver.exchange_cost import (
     predict,
     rows_of_group,
 )
-from tamoe.topology import ClusterSpec, Topology, run_ranks
+from tamoe.topology import ClusterSpec, InputError, Topology, run_ranks
 
 TREE = Topology.from_tree("[[2,1],[2]]", bandwidth_bytes_per_s=(1e9, 1e7, 5e6))
 WORKLOAD = Workload(
@@ -62,16 +64,28 @@ def test_gradients_move_what_the_forward_pass_moves(exchange: Exchange) -> None:
 
 
 def test_a_choice_counts_the_backward_passes() -> None:
-    bare = Constants()
-    planned = {key: Constants(start_s=1.0) for key in GIVEN if key[1] == "dispatch"}
-    assert constants_of(planned, "flat rounds", "combine_backward", bare).start_s == 0.0
+    without = dict.fromkeys(GIVEN, Constants())
+    late = Constants(start_s=1.0)
     target_PN = np.full((5, 10), 102.4)
-    without, with_start = (
-        choose_exchange(with_constants(TREE, constants), WORKLOAD, target_PN).seconds
-        for constants in (dict.fromkeys(GIVEN, bare), dict.fromkeys(GIVEN, bare) | planned)
-    )
-    for exchange in EXCHANGES:  # of four ways one plans
-        assert with_start[exchange] == pytest.approx(without[exchange] + 1.0)
+
+    def seconds(backward: bool, **starts: Constants) -> Mapping[str, float]:
+        given = {key: starts.get(key[1], same) for key, same in without.items()}
+        topology = with_constants(TREE, given)
+        return choose_exchange(topology, WORKLOAD, target_PN, backward=backward).seconds
+
+    for exchange in EXCHANGES:  # of four ways one plans, three start as a combine does
+        bare_s = seconds(True)[exchange]
+        assert seconds(True, dispatch=late)[exchange] == pytest.approx(bare_s + 1)
+        assert seconds(True, combine=late)[exchange] == pytest.approx(bare_s + 3)
+        forward_s = seconds(False)[exchange]
+        assert seconds(False, combine=late)[exchange] == pytest.approx(forward_s + 1)
+        assert forward_s == pytest.approx(bare_s / 2, rel=0.1)
+
+
+def test_constants_of_some_exchanges_alone_choose_nothing() -> None:
+    few = {key: given for key, given in GIVEN.items() if key != ("flat rounds", "combine")}
+    with pytest.raises(InputError, match="have no flat rounds combine; allowed: those of every"):
+        choose_exchange(with_constants(TREE, few), WORKLOAD, np.full((5, 10), 102.4))
 
 
 def timed_on_a_rank(rank: int) -> list[tuple[str, str, float]]:

@@ -346,7 +346,7 @@ def test_measured_constants_decide_between_exchanges():
             and min(choice.seconds, key=choice.seconds.get) == best
         )
         assert " ".join(filter(None, [choice.kind, choice.schedule])) == best
-        assert "link" in choice.reason
+        assert "link of node" in choice.reason
 
 
 def test_combine_loads_the_opposite_links():

@@ -53,6 +53,8 @@ def struck(
         if strikes:
             strike("combine_backward")
         out_TD.sum().backward()
+        if strikes:  # rows that were under way may all have come
+            exchange.dispatch(x_TD, index_TK, weight_TK, num_experts=8)
 
     run(False)
     dist.barrier()
