@@ -13,7 +13,7 @@ from tamoe.calibration import measure
 from tamoe.cases import Case, Groups
 from tamoe.progress import Count, progress_line
 from tamoe.solver.constants import Constants
-from tamoe.solver.exchange_cost import BACKWARD_WAYS, EXCHANGES, KEYS, WAYS
+from tamoe.solver.exchange_cost import ALL_WAYS, EXCHANGES, KEYS, WAYS
 from tamoe.solver.exchange_fit import Measured, fit
 from tamoe.topology.graph import Topology
 from tamoe.topology.ranks import run_ranks_with_report
@@ -62,7 +62,7 @@ def calibrate_and_measure(
     order = random.Random(0).sample(range(len(given)), len(given))
     mixed = [given[number] for number in order]
     measured, dropped = measure_cases(spec, task, topology, groups, mixed, repetitions, backward)
-    each = len(EXCHANGES) * len((*WAYS, *BACKWARD_WAYS) if backward else WAYS)
+    each = len(EXCHANGES) * len(ALL_WAYS if backward else WAYS)
     of_case = {number: measured[i * each : (i + 1) * each] for i, number in enumerate(order)}
     in_order = [one for number in range(len(given)) for one in of_case[number]]
     split = len(fitted) * each

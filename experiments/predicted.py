@@ -39,7 +39,7 @@ from tamoe.experiments.calibrated import (
 from tamoe.experiments.command import run_command
 from tamoe.solver import Workload, solve
 from tamoe.solver.constants import with_constants
-from tamoe.solver.exchange_cost import BACKWARD_WAYS, EXCHANGES, WAYS, predict
+from tamoe.solver.exchange_cost import ALL_WAYS, EXCHANGES, predict
 from tamoe.solver.exchange_fit import Measured
 from tamoe.topology.documents import check_writable, write_document
 from tamoe.topology.graph import Topology
@@ -213,7 +213,7 @@ def main(
 def print_summary(title: str, rows: Sequence[dict[str, Any]]) -> None:
     """One line, then one for each exchange."""
     print(f"{title}: choices against measured times (emulated): {choices_in_words(summary(rows))}")
-    for exchange, way in itertools.product(EXCHANGES, (*WAYS, *BACKWARD_WAYS)):
+    for exchange, way in itertools.product(EXCHANGES, ALL_WAYS):
         errors = [
             row["predicted_s"] / row["measured_s"] - 1
             for row in rows

@@ -23,7 +23,7 @@ from tamoe.solver.constants import (
     read_constants,
 )
 from tamoe.solver.exchange_cost import (
-    BACKWARD_WAYS,
+    ALL_WAYS,
     EXCHANGES,
     KEYS,
     WAYS,
@@ -169,7 +169,7 @@ def choose_exchange(
             f"{FILE_KEY} of the topology have no {' '.join(missing[0])}; allowed: those of every "
             f"exchange, as `tamoe probe --exchange` writes them"
         )
-    counted = (*WAYS, *BACKWARD_WAYS) if backward else WAYS
+    counted = ALL_WAYS if backward else WAYS
     ways = {
         exchange: [
             predict(

@@ -27,7 +27,7 @@ Way = Literal["dispatch", "combine", "combine_backward", "dispatch_backward"]
 EXCHANGES: tuple[Exchange, ...] = ("flat single", "flat rounds", "hierarchical")
 WAYS: tuple[Way, ...] = ("dispatch", "combine")  # measured, with constants of their own
 # Gradients go the other way: combine's as tokens do in a dispatch, dispatch's as sums in a combine.
-BACKWARD_WAYS: tuple[Way, ...] = ("combine_backward", "dispatch_backward")
+ALL_WAYS: tuple[Way, ...] = (*WAYS, "combine_backward", "dispatch_backward")
 Key = tuple[Exchange, Way]
 KEYS: tuple[Key, ...] = tuple(itertools.product(EXCHANGES, WAYS))
 _ALIKE: dict[Way, Way] = {"combine_backward": "dispatch", "dispatch_backward": "combine"}
@@ -170,8 +170,7 @@ def predict(
     >>> round(predicted.time_s, 2), predicted.bottleneck
     (2.0, 'downlink of node 1, 2e+03 ms of 2e+03')
     """
-    ways = *WAYS, *BACKWARD_WAYS
-    for name, value, allowed in (("exchange", exchange, EXCHANGES), ("way", way, ways)):
+    for name, value, allowed in (("exchange", exchange, EXCHANGES), ("way", way, ALL_WAYS)):
         if value not in allowed:
             raise InputError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
     if constants is None:

@@ -12,6 +12,7 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,7 +26,7 @@ from tamoe.progress import Count, Progress
 from tamoe.relays import count_copies, plan_forwarding
 from tamoe.solver.constants import ROUNDS_AHEAD, Constants, with_constants
 from tamoe.solver.exchange_cost import (
-    BACKWARD_WAYS,
+    ALL_WAYS,
     EXCHANGES,
     KEYS,
     WAYS,
@@ -172,7 +173,7 @@ def measure(
             for one, names in random.Random(done).sample(varied, len(varied)):
                 one.run(finish, names)
     measured: list[Measured] = []
-    ways = (*WAYS, *BACKWARD_WAYS) if backward else WAYS
+    ways = ALL_WAYS if backward else WAYS
     for case, one, bytes_of in zip(cases, timed, moved, strict=True):
         for kind, (way_number, way) in itertools.product(EXCHANGES, enumerate(ways)):
             runs = one.last_s(kind)[:, way_number]
@@ -251,17 +252,18 @@ class _Timed:
         """Time some exchanges once."""
         for name in names:
             seconds: list[float] = []
+            self._run(self._exchanges[name], partial(self._time, finish, seconds))
             self.seconds[name].append(seconds)
 
-            def timed(call: Callable[[], Result], seconds: list[float] = seconds) -> Result:
-                line_up(self._pause_s)
-                began_s = time.perf_counter()
-                result = call()
-                finish()
-                seconds.append(time.perf_counter() - began_s)
-                return result
-
-            self._run(self._exchanges[name], timed)
+    def _time(
+        self, finish: Callable[[], None], seconds: list[float], call: Callable[[], Result]
+    ) -> Result:
+        line_up(self._pause_s)
+        began_s = time.perf_counter()
+        result = call()
+        finish()
+        seconds.append(time.perf_counter() - began_s)
+        return result
 
     def _run(self, exchange: Exchange, timed: Callable[[Callable[[], Any]], Any]) -> None:
         row_RD, handle = timed(

@@ -13,9 +13,8 @@ from tamoe.solver import Workload
 from tamoe.solver.choice import choose_exchange, sample_routing
 from tamoe.solver.constants import Constants, with_constants
 from tamoe.solver.exchange_cost import (
-    BACKWARD_WAYS,
+    ALL_WAYS,
     EXCHANGES,
-    WAYS,
     Exchange,
     predict,
     rows_of_group,
@@ -43,10 +42,7 @@ def test_gradients_move_what_the_forward_pass_moves(exchange: Exchange) -> None:
     given = (counts_pN, forward_pMM, place_N, WORKLOAD.token_bytes, [512] * 5)
     rows = rows_of_group(TREE, tuple(range(5)), *given)
     topology = with_constants(TREE, GIVEN)
-    found = {
-        way: predict(topology, exchange, way, [rows[exchange, way]])
-        for way in (*WAYS, *BACKWARD_WAYS)
-    }
+    found = {way: predict(topology, exchange, way, [rows[exchange, way]]) for way in ALL_WAYS}
     # Gradients of weights go to all of four peers: what 8 messages take, nothing on flat ones.
     weights_s = 8e-4 if exchange == "hierarchical" else 0.0
     took_s = found["dispatch_backward"].time_s - found["combine"].time_s
@@ -102,7 +98,7 @@ def timed_on_a_rank(rank: int) -> list[tuple[str, str, float]]:
 @pytest.mark.emulated
 def test_measured_backward_passes_take_what_links_take() -> None:
     measured = run_ranks(CLUSTER, timed_on_a_rank, timeout_s=120)[0]
-    ways = [(exchange, way) for exchange in EXCHANGES for way in (*WAYS, *BACKWARD_WAYS)]
+    ways = [(exchange, way) for exchange in EXCHANGES for way in ALL_WAYS]
     assert [(exchange, way) for exchange, way, _ in measured] == ways
     for _, _, over_bare_links in measured:
         assert over_bare_links > 0.9  # a call that moves nothing takes less
