@@ -30,10 +30,11 @@ class Constants:
     message_s
         Seconds of a core, >= 0, for each message that a rank sends or gets.
     work_s_per_byte
-        Seconds of a core for each byte that a rank sends or gets, in whichever way; what it keeps
-        counts once.
-    work_s_per_token_byte
-        Seconds of a core for each byte of a rank's own tokens, whatever becomes of them.
+        Seconds of a core for each byte that a rank sends or gets, in whichever way, and twice for
+        what it keeps.
+    work_s_per_own_byte
+        Seconds of a core for each byte of a rank's own tokens, whatever becomes of them; in a flat
+        combine, of the sums that it makes and adds up again.
     crossing_share
         Share of its rate, > 0 to 1, that a message's beginning keeps which goes through two of the
         busiest links among different flows, as of :func:`tamoe.solver.flows.run_steps`.
@@ -46,13 +47,13 @@ class Constants:
     start_s: float = 0.0
     message_s: float = 0.0
     work_s_per_byte: float = 0.0
-    work_s_per_token_byte: float = 0.0
+    work_s_per_own_byte: float = 0.0
     crossing_share: float = 1.0
     at_once: int | None = None
     rounds_ahead: int = ROUNDS_AHEAD
 
     def __post_init__(self) -> None:
-        for name in ("start_s", "message_s", "work_s_per_byte", "work_s_per_token_byte"):
+        for name in ("start_s", "message_s", "work_s_per_byte", "work_s_per_own_byte"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise InputError(f"{name} is {value}; allowed: >= 0 and finite")
@@ -74,7 +75,7 @@ def read_constants(topology: Topology) -> dict[tuple[str, str], Constants]:
     found = topology.extra.get(FILE_KEY, {})
     try:
         return {
-            (exchange, way): Constants(**_of_this_version(values))
+            (exchange, way): Constants(**values)
             for exchange, ways in found.items()
             for way, values in ways.items()
         }
@@ -103,16 +104,9 @@ def constants_of(
     if way == "combine_backward":
         there, back = (given.get((exchange, way), default) for way in ("dispatch", "combine"))
         return dataclasses.replace(
-            there, start_s=back.start_s, work_s_per_token_byte=back.work_s_per_token_byte
+            there, start_s=back.start_s, work_s_per_own_byte=back.work_s_per_own_byte
         )
     return given.get((exchange, "combine" if way == "dispatch_backward" else way), default)
-
-
-def _of_this_version(values: dict[str, Any]) -> dict[str, Any]:
-    """The values; older ones, without ``rounds_ahead``, mean others by the same names."""
-    if "rounds_ahead" not in values:
-        raise ValueError("there is no rounds_ahead")
-    return values
 
 
 def with_constants(topology: Topology, constants: Mapping[tuple[str, str], Constants]) -> Topology:

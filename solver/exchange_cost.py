@@ -18,7 +18,7 @@ import numpy as np
 from tamoe.solver.constants import Constants, constants_of, read_constants
 from tamoe.solver.flows import Flows, Step, run_steps, run_steps_together
 from tamoe.solver.parts import num_parts, part_shares, slices_for, turns
-from tamoe.solver.traffic import flat_rows, hierarchical_rows, told_bytes
+from tamoe.solver.traffic import flat_rows, hierarchical_rows, sum_rows, told_bytes
 from tamoe.topology.errors import InputError
 from tamoe.topology.graph import Topology
 
@@ -33,6 +33,15 @@ KEYS: tuple[Key, ...] = tuple(itertools.product(EXCHANGES, WAYS))
 _ALIKE: dict[Way, Way] = {"combine_backward": "dispatch", "dispatch_backward": "combine"}
 MOST_RANKS = 32  # beyond, sharing of links is not simulated flow by flow, which takes seconds
 MOST_RANK_SLICES = 64  # ranks times slices that are told apart, for the same reason
+# Of a flat exchange's work on rows, what is packing, what goes on while they are under way (copies
+# to and from sockets), and what places them or adds them up. With halves before and after, combines
+# of two groups were predicted up to 10 % too short (emulated, 4x2).
+PACKED, ALONG = {"dispatch": 0.25, "combine": 0.25}, {"dispatch": 0.25, "combine": 0.5}
+# Ranks of a node come out of their planning one after another, and what comes to a link first
+# leaves it first: in a dispatch each takes this much of what the one before it takes. With 1, those
+# over two hops were predicted up to 19 % too long; in a combine, where ranks begin together, .5
+# predicted up to 10 % too short (emulated).
+BEHIND = {"dispatch": 0.5, "combine": 1.0}
 # Of a hierarchical dispatch's work on tokens, what comes before its first rows; the other parts are
 # planned while rows are under way. With all of it before them, dispatches of two groups on nodes of
 # their own were predicted 9 % too long (emulated, 4x2).
@@ -50,8 +59,9 @@ class Rows:
     hops_pp
         ``[p, p]`` bytes of each hop: one for a flat exchange; for a hierarchical one those between
         nodes, highest switches first, then the one inside nodes.
-    token_bytes_p
-        Bytes of the tokens of each rank.
+    own_bytes_p
+        Bytes of the tokens of each rank; of a flat combine, of the sums that it makes and of those
+        that it adds up again.
     told
         Whether ranks also tell each other where copies go, and weights; in the backward pass, what
         gradients the weights have.
@@ -62,7 +72,7 @@ class Rows:
 
     ranks: tuple[int, ...]
     hops_pp: Sequence[np.ndarray]
-    token_bytes_p: Sequence[float] = ()
+    own_bytes_p: Sequence[float] = ()
     told: bool = False
     parts: Sequence[float] = (1.0,)
 
@@ -119,6 +129,8 @@ def rows_of_group(
     flat_pp = flat_rows(counts_pN, rank_of_N) * row_bytes
     slices = slices_for(flat_pp.sum(1).max(initial=0.0))  # with drops a few more than these
     flat = Rows(ranks, [flat_pp], token_bytes_p, parts=[1 / slices] * slices)
+    sums_p = sum_rows(local, counts_pN, forward_pMM, rank_of_N, tokens_p)
+    added_up = replace(flat, own_bytes_p=(sums_p * row_bytes).tolist())
     hops = hierarchical_rows(local, counts_pN, forward_pMM, rank_of_N)
     hops_pp = [hop_pp * row_bytes for hop_pp in hops]
     told_pp = told_bytes(local, counts_pN, forward_pMM, rank_of_N)
@@ -131,7 +143,9 @@ def rows_of_group(
         "dispatch_backward": replace(rows, told=True),
     }
     moved = {("hierarchical", way): of_way for way, of_way in relayed.items()}
-    return moved | {(exchange, way): flat for exchange in EXCHANGES[:2] for way in relayed}
+    for exchange, way in itertools.product(EXCHANGES[:2], ALL_WAYS):
+        moved[exchange, way] = added_up if _ALIKE.get(way, way) == "combine" else flat
+    return moved
 
 
 def predict(
@@ -190,6 +204,7 @@ def predict(
             steps_P,
             crossing_share=constants.crossing_share,
             at_once=constants.at_once,
+            behind=BEHIND[way],
         )
     else:
         line = run_steps_together(topology, steps_P, at_once=constants.at_once)
@@ -221,19 +236,19 @@ class _Work:
 
     def __init__(self, constants: Constants, rows: Rows, num_ranks: int) -> None:
         self._rows, self._per_byte = rows, constants.work_s_per_byte
-        self._per_token_byte = constants.work_s_per_token_byte
+        self._per_own_byte = constants.work_s_per_own_byte
         self._message_s, self.num_ranks = constants.message_s, num_ranks
         self._rounds_ahead = constants.rounds_ahead
 
     def rows_s(self, hop: int) -> np.ndarray:
-        """For all rows of a hop, ``[p]``; those that a rank keeps count once."""
+        """For all rows of a hop, ``[p]``, at both ends."""
         hop_pp = self._rows.hops_pp[hop]
-        return self._per_byte * (hop_pp.sum(0) + hop_pp.sum(1) - hop_pp.diagonal())
+        return self._per_byte * (hop_pp.sum(0) + hop_pp.sum(1))
 
-    def tokens_s(self) -> np.ndarray:
-        """For all tokens, whatever becomes of them, ``[p]``."""
-        token_bytes_p = np.array(self._rows.token_bytes_p or [0.0] * len(self._rows.ranks))
-        return self._per_token_byte * token_bytes_p
+    def own_s(self) -> np.ndarray:
+        """For a rank's own tokens, or sums of a flat combine, ``[p]``."""
+        own_bytes_p = np.array(self._rows.own_bytes_p or [0.0] * len(self._rows.ranks))
+        return self._per_own_byte * own_bytes_p
 
     def messages_s(self, flows_p: Iterable[Flows]) -> np.ndarray:
         """For the messages of one step, at both ends, ``[p]``."""
@@ -253,7 +268,7 @@ class _Work:
 def _flat_steps(
     local: Topology, rows: Rows, way: Way, work: _Work, in_rounds: bool
 ) -> list[list[Step]]:
-    """Slice by slice pack, send and arrange; a combine adds up once all slices are there."""
+    """Plan; slice by slice pack, send and place. A combine adds up once all slices are there."""
     slices = min(len(rows.parts), max(MOST_RANK_SLICES // work.num_ranks, 1))
     bytes_pp = (rows.hops_pp[0] if way == "dispatch" else rows.hops_pp[0].T) / slices
     if in_rounds:
@@ -263,17 +278,26 @@ def _flat_steps(
     else:
         moves = [_between(local, bytes_pp, rows.ranks, lambda step: True)]
     each = len(rows.parts) / slices
-    message_sp = [(each * work.messages_s(flows_p)).tolist() for flows_p in moves]
-    half_sp = ((work.rows_s(0) + work.tokens_s()) / 2).tolist()
+    rows_p = work.rows_s(0) / slices
+    along_sp = [
+        (each * work.messages_s(flows_p) + ALONG[way] / len(moves) * rows_p).tolist()
+        for flows_p in moves
+    ]
     steps_p = []
-    for place, half_s in enumerate(half_sp):
-        packing, adding_up = Step(work_s=half_s / slices), Step(work_s=half_s)
-        after_slice, after_all = ([packing], []) if way == "dispatch" else ([], [adding_up])
+    work_sp = zip(rows_p.tolist(), work.own_s().tolist(), strict=True)
+    for place, (rows_s, own_s) in enumerate(work_sp):
+        packing = Step(work_s=PACKED[way] * rows_s)
+        last_s = (1 - PACKED[way] - ALONG[way]) * rows_s
         rounds = [
-            Step(flows_p[place], message_p[place], *work.ahead(number, len(moves)), each)
-            for number, (flows_p, message_p) in enumerate(zip(moves, message_sp, strict=True))
+            Step(flows_p[place], along_p[place], *work.ahead(number, len(moves)), each)
+            for number, (flows_p, along_p) in enumerate(zip(moves, along_sp, strict=True))
         ]
-        steps_p.append([packing, *rounds, *after_slice] * slices + after_all)
+        if way == "dispatch":
+            planning = Step(work_s=own_s)
+            steps_p.append([planning, *[packing, *rounds, Step(work_s=last_s)] * slices])
+        else:
+            adding_up = Step(work_s=last_s * slices + own_s)
+            steps_p.append([*[packing, *rounds] * slices, adding_up])
     return steps_p
 
 
@@ -285,11 +309,11 @@ def _relayed_steps(
     *between, inside_pp = rows.hops_pp
     inside_sp = work.rows_s(len(rows.hops_pp) - 1)
     if way == "combine":
-        inside_sp = inside_sp + work.tokens_s()  # for sums
+        inside_sp = inside_sp + work.own_s()  # for sums
         parts.reverse()
         between, inside_pp = [hop_pp.T for hop_pp in reversed(between)], inside_pp.T
     else:
-        inside_sp = inside_sp + (1 - PLANNED_FIRST) * work.tokens_s()
+        inside_sp = inside_sp + (1 - PLANNED_FIRST) * work.own_s()
     order = turns(len(parts), len(between))
     seen = [0] * len(parts)
     steps_p: list[list[Step]] = [[] for _ in rows.ranks]
@@ -317,13 +341,13 @@ def _relayed_steps(
     nothing: list[Flows] = [()] * len(rows.ranks)
     weights = [
         tuple((source, target, 0.0) for target in rows.ranks if target != source and num_bytes)
-        for source, num_bytes in zip(rows.ranks, rows.token_bytes_p, strict=False)
+        for source, num_bytes in zip(rows.ranks, rows.own_bytes_p, strict=False)
     ]
     if way == "combine":
         for part in range(1 if order else len(parts)):
             add(nothing, part)
     else:
-        for steps, token_s in zip(steps_p, work.tokens_s().tolist(), strict=True):
+        for steps, token_s in zip(steps_p, work.own_s().tolist(), strict=True):
             steps.append(Step(work_s=PLANNED_FIRST * token_s))
     arrived: int | None = None
     for turn, part in enumerate(order):

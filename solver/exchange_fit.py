@@ -12,7 +12,7 @@ from tamoe.solver.exchange_cost import KEYS, Exchange, Key, Rows, Way, predict
 from tamoe.topology.errors import InputError
 from tamoe.topology.graph import Topology
 
-# Of ms at the start, ms a message, ns a byte, ns a byte of tokens, share that crossing flows keep.
+# Of ms at the start, ms a message, ns a byte, ns a byte of its own, share that crossing flows keep.
 _START = np.array([5.0, 0.1, 1.0, 1.0, 0.9])
 _SCALE = np.array([10.0, 0.2, 1.0, 1.0, 0.1])
 _LEAST, _MOST = [0.0, 0.0, 0.0, 0.0, 0.5], [1e3, 1e3, 1e3, 1e3, 1.0]
@@ -125,13 +125,13 @@ def _fit_one(
     weight = LEAST_SPREAD / np.hypot(LEAST_SPREAD, spread)
 
     def constants(values: np.ndarray) -> Constants:
-        start_ms, message_ms, work_ns, token_ns, share = [*values.tolist(), 1.0][: len(_START)]
+        start_ms, message_ms, work_ns, own_ns, share = [*values.tolist(), 1.0][: len(_START)]
         return replace(
             given,
             start_s=start_ms / 1e3,
             message_s=message_ms / 1e3,
             work_s_per_byte=work_ns / 1e9,
-            work_s_per_token_byte=token_ns / 1e9,
+            work_s_per_own_byte=own_ns / 1e9,
             crossing_share=share,
         )
 

@@ -5,10 +5,10 @@ goes on beside them; ranks that work at the same time share the cores. The next 
 work is done, what it has to wait for has arrived, and of each flow that it sends the rest fits in a
 socket. A flow runs once its sender has come to its step, and its receiver to it or to one before it
 that takes those rows already. Flows of earlier steps take more of a link than those of later ones
-(only steps count that have a flow under way somewhere), those of the first rank of a node more than
-those of the next, and flows that two of the busiest links mix with others lose some of their rate.
-A link with a token bucket lets a burst through before it holds back; the bucket fills again while
-the link is less than full.
+(only steps count that have a flow under way somewhere), those of the first rank of a node maybe
+more than those of the next, and flows that two of the busiest links mix with others lose some of
+their rate. A link with a token bucket lets a burst through before it holds back; the bucket fills
+again while the link is less than full.
 
 Shape suffixes: F flows, L links, P ranks, S steps.
 """
@@ -30,10 +30,6 @@ SOON_S = 1e-9  # work that is left when it has as good as ended
 # has its window open. With 1, a combine in rounds on three nodes was predicted 11 % too long, with
 # .25 one-hot exchanges beside a slow node 6 % (emulated), with .5 none of both.
 LATER = 0.5
-# Ranks of a node come to a step one after another, and what comes to a link first leaves it first:
-# each takes this much of what the one before it takes. With 1, exchanges over two hops were
-# predicted up to 19 % too long (emulated, on a machine with a core for each rank).
-BEHIND = 0.5
 # Flows share a link in proportion to their bytes and these. Without it, small ones ended with the
 # large ones beside them, and one-hot dispatches in rounds were predicted 23 % too long.
 HEAD_BYTES = 2.0**16
@@ -77,6 +73,7 @@ def run_steps(
     *,
     crossing_share: float = 1.0,
     at_once: int | None = None,
+    behind: float = 1.0,
 ) -> Timeline:
     """Simulate steps of all ranks.
 
@@ -94,6 +91,8 @@ def run_steps(
         What it loses is spread over the flow.
     at_once
         Cores, >= 1, that all ranks share alike while they work; None: as many as ranks.
+    behind
+        Share, > 0 to 1, of what a rank takes of a link that the next one of its node takes.
 
     Examples
     --------
@@ -123,7 +122,7 @@ def run_steps(
     due_F = step_F + far_F * np.array([step.late for step in gets], dtype=int)
     due_F = np.clip(due_F, step_F, np.maximum(last_P[target_F] - 1, step_F))
     place_P = {rank: place for ranks in topology.nodes for place, rank in enumerate(ranks)}
-    weight_F = (size_F + HEAD_BYTES) * BEHIND ** np.array(
+    weight_F = (size_F + HEAD_BYTES) * behind ** np.array(
         [float(place_P[source]) for source, _ in ends]
     )
     messages_F = np.array([step.messages for step in sends], dtype=float)

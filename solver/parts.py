@@ -7,7 +7,7 @@ PART_BYTES = 2**18
 MOST_PARTS = 6
 # Slices of a flat exchange cost messages and waits, so they are few and of a size that hides them;
 # with 4 of them, rows that are packed and under way take a quarter of those sent.
-SLICE_BYTES = 2**22
+SLICE_BYTES = 2**21
 MOST_SLICES = 4
 
 
@@ -23,7 +23,7 @@ def num_parts(rank_bytes: float) -> int:
 def slices_for(num_bytes: float) -> int:
     """Slices of a flat exchange in which a rank sends at most so many bytes.
 
-    >>> slices_for(0), slices_for(2**23), slices_for(2**30)
+    >>> slices_for(0), slices_for(2**22), slices_for(2**30)
     (1, 2, 4)
     """
     return int(min(max(num_bytes // SLICE_BYTES, 1), MOST_SLICES))

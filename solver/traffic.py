@@ -88,6 +88,55 @@ def hierarchical_rows(
     return list(hops)
 
 
+def sum_rows(
+    topology: Topology,
+    counts_PN: np.ndarray,
+    forward_PMM: np.ndarray,
+    rank_of_N: Sequence[int],
+    tokens_P: Sequence[float],
+) -> np.ndarray:
+    """Sums that a flat combine makes of the rows of each rank's tokens, and adds up again, ``[P]``.
+
+    A token's rows are added up for each node, then for each upper level of switches; a level that
+    would leave as many sums as there were is left out. Tokens that have experts in their rank's own
+    node or group of nodes are taken to be all of them, or as many as rows stay there. The other
+    arguments are those of :func:`hierarchical_rows`.
+
+    Parameters
+    ----------
+    tokens_P
+        Tokens of each rank.
+
+    Examples
+    --------
+    Five tokens have an expert on each of two nodes: 10 sums, added up to 5. Five rows of single
+    tokens are theirs.
+
+    >>> topology = Topology.from_tree("2x2", bandwidth_bytes_per_s=(4e9, 1e9))
+    >>> forward_PMM = np.zeros((4, 2, 2))
+    >>> forward_PMM[0, 0, 1] = 5
+    >>> counts_PN = np.array([[5, 5, 5, 0], [5, 0, 0, 0], [0] * 4, [0] * 4])
+    >>> sum_rows(topology, counts_PN, forward_PMM, range(4), [5, 5, 0, 0]).tolist()
+    [25.0, 5.0, 0.0, 0.0]
+    """
+    rows_PP = flat_rows(counts_PN, rank_of_N)
+    left_P = rows_PP.sum(1)
+    tokens_P = np.minimum(np.asarray(tokens_P, dtype=np.float64), left_P)
+    leaders = [ranks[0] for ranks in topology.nodes]
+    found_P = np.zeros(len(left_P))
+    for group in (*sum_groups(topology), [0] * topology.num_ranks):
+        group_P = np.asarray(group)
+        group_M = group_P[leaders]
+        near_P = (rows_PP * (group_P[:, None] == group_P)).sum(1)
+        away_P = forward_PMM[:, group_M[:, None] != group_M].sum(1)
+        sums_P = np.minimum(away_P + np.minimum(near_P, tokens_P), left_P)
+        made_P = sums_P < left_P
+        # What is added up here and was itself a sum, and the new sums.
+        found_P += np.where(made_P, sums_P + np.where(found_P > 0, left_P, 0.0), 0.0)
+        left_P = sums_P
+    return np.maximum(found_P, tokens_P)
+
+
 def told_bytes(
     topology: Topology,
     counts_PN: np.ndarray,

@@ -27,10 +27,10 @@ from tamoe.waiting import Patience
 
 Schedule = Literal["single", "rounds"]
 Nodes = tuple[tuple[int, ...], ...]
-# Rows inside a node go through shared memory so many at a time: few enough to stay in a cache and
-# to take little memory, enough to hide the message that goes with them. Halves of outboxes, which
-# are powers of two, hold just so many.
-SLICE_BYTES = 2**21
+# Rows inside a node go through shared memory some at a time: at most so many that they stay in a
+# cache, about a third of all, so that they take little memory, and enough to hide the message that
+# goes with them. Halves of outboxes, which are powers of two, hold just so many.
+LEAST_SLICE_BYTES, MOST_SLICE_BYTES = 2**19, 2**21
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +129,7 @@ class Mover:
         memory = self._memory if row_nD.device.type == "cpu" else None
         row_bytes = row_nD.shape[1] * row_nD.element_size()
         # Each slice may have a row more for every rank, where rows do not divide.
-        rows_each = max(SLICE_BYTES // max(row_bytes, 1) - len(near), 1)
+        rows_each = max(_slice_bytes(most_rows * row_bytes) // max(row_bytes, 1) - len(near), 1)
         num_slices = 1 if memory is None else max(1, -(-most_rows // rows_each))
         index_P = index_m.split(sends)
         for number in range(num_slices):
@@ -147,7 +147,9 @@ class Mover:
                 torch.mul(rows, weight_n[index].unsqueeze(1), out=rows)
             if memory is None:
                 transfer = self.transfer(rows, send, receive, phase)
-                transfer.start(0)()
+                wait = transfer.start(0)
+                transfer.keep()
+                wait()
                 yield 0, transfer.received_RD
                 return
             arrived = memory.swap(rows, send, receive, self.patience, phase)
@@ -221,9 +223,22 @@ class Mover:
             # at 50 and 200 Mbit/s).
             wait_inside = transfer.start(0)
             for number in range(1, len(self.nodes)):
-                transfer.start(number)()
+                wait = transfer.start(number)
+                transfer.keep()
+                wait()
+            transfer.keep()
             wait_inside()
             return transfer.received_RD
+
+
+def _slice_bytes(num_bytes: int) -> int:
+    """Bytes of a slice of so many inside a node, a power of two.
+
+    >>> _slice_bytes(0), _slice_bytes(2**21), _slice_bytes(2**30)
+    (524288, 1048576, 2097152)
+    """
+    third = 1 << (num_bytes // 4).bit_length()  # from a quarter to a half
+    return min(max(third, LEAST_SLICE_BYTES), MOST_SLICE_BYTES)
 
 
 def _slices(counts: Sequence[int], number: int, num_slices: int) -> list[slice]:

@@ -23,7 +23,7 @@ from tamoe.precision import weigh
 
 # Sums of the first stage made at a time where there are several: many enough to hide the calls for
 # each, few enough to take little memory.
-PIECE_BYTES = 2**21
+LEAST_PIECE_BYTES, MOST_PIECE_BYTES = 2**20, 2**21
 PIECES_ON = ("cpu",)  # cutting sums reads their offsets, which would wait for a GPU
 
 
@@ -211,7 +211,8 @@ def _add_up_in_pieces(
     num_sums, width = len(stages[-1].first_m), row_nD.shape[1]
     out_mD = row_nD.new_empty(num_sums, width)
     first_bytes = len(stages[0].first_m) * width * row_nD.element_size()
-    size = max(1, PIECE_BYTES * num_sums // max(first_bytes, 1))
+    piece_bytes = min(max(first_bytes // 6, LEAST_PIECE_BYTES), MOST_PIECE_BYTES)
+    size = max(1, piece_bytes * num_sums // max(first_bytes, 1))
     for begin in range(0, num_sums, size):
         part = slice(begin, min(begin + size, num_sums))
         parts: list[tuple[torch.Tensor, torch.Tensor, int]] = []

@@ -86,7 +86,7 @@ def _print_constants(topology: Topology) -> None:
             format_time(found.start_s),
             format_time(found.message_s),
             f"{found.work_s_per_byte * 1e9:.2f} ns/B",
-            f"{found.work_s_per_token_byte * 1e9:.2f} ns/B",
+            f"{found.work_s_per_own_byte * 1e9:.2f} ns/B",
             f"{found.crossing_share:.0%}",
         )
     _print(table)

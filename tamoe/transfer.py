@@ -67,7 +67,7 @@ class Transfer:
         self._sent_nD = row_nD.contiguous()
         rank = dist.get_rank(group)
         self._wanted = self.received_RD.split(self._splits[1])
-        self._kept = self._wanted[rank], self._sent_nD.split(self._splits[0])[rank]
+        self._kept = [(self._wanted[rank], self._sent_nD.split(self._splits[0])[rank])]
         self._incoming = self._wanted
         if row_nD.device.type != "cpu" and works_by_gloo(group, row_nD.device):
             self._sent_nD = self._sent_nD.cpu()
@@ -103,13 +103,11 @@ class Transfer:
     def start(self, number: int) -> Waiting:
         """Start a round; returns a function that waits for it. Each is begun and ended in order.
 
-        Round 0 stays inside the node and also copies the rows that this rank keeps. On gloo a round
-        ends when its rows have left, and those of the round ``ROUNDS_AHEAD`` before it have come;
-        the last one ends when all have come.
+        Round 0 stays inside the node. On gloo a round ends when its rows have left, and those of
+        the round ``ROUNDS_AHEAD`` before it have come; the last one ends when all have come.
         """
         step = self._rounds[number]
         if number == 0:
-            self._keep()
             return self._start(step, f"{self._what}, inside the node")
         if not self._takes_ahead:
             return self._start(step, self._where(number))
@@ -134,16 +132,19 @@ class Transfer:
 
     def start_singly(self) -> Waiting:
         """Start everything, one message for each rank that gets or sends some."""
-        self._keep()
         targets, sources = ([*chain.from_iterable(way)] for way in zip(*self._ways(), strict=True))
-        return self._start(Round(tuple(targets), tuple(sources)), f"{self._what}, all ranks")
+        wait = self._start(Round(tuple(targets), tuple(sources)), f"{self._what}, all ranks")
+        self.keep()
+        return wait
 
     def _ways(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         return [(step.targets, step.sources) for step in self._rounds]
 
-    def _keep(self) -> None:
-        to, rows = self._kept
-        to.copy_(rows)
+    def keep(self) -> None:
+        """Copy the rows that this rank keeps, once; best while others are under way."""
+        while self._kept:
+            to, rows = self._kept.pop()
+            to.copy_(rows)
 
     def _start(self, step: Round, where: str, tag: int = 0) -> Waiting:
         transfers = [

@@ -60,7 +60,7 @@ def test_a_fit_finds_constants_that_predict_other_routings(tree: Topology) -> No
     assert list(found) == keys and 0 < len(steps) <= len(keys) * MOST_STEPS
     # On two nodes links mix no flows, so nothing tells what that costs.
     share = found["flat single", "dispatch"].crossing_share
-    assert share == (1.0 if tree is TWO_NODES else pytest.approx(0.7, abs=0.03))
+    assert share == (1.0 if tree is TWO_NODES else pytest.approx(0.7, abs=0.05))
     for one in timed(tree, 400, 3, 1.0, 50) + timed(tree, 1500, 2, 0.5, 51):
         if (one.exchange, one.way) in keys:
             constants = found[one.exchange, one.way]

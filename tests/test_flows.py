@@ -70,9 +70,10 @@ def test_flows_of_later_steps_and_of_later_ranks_take_less_of_a_link():
     after = Step(work_s=1.0)  # of the rank that gets the first flow
     together = [[Step((first,))], [Step((second,))], [Step((first,)), after], [Step((second,))]]
     later = [together[0], [Step(), *together[1]], together[2], [Step(), *together[3]]]
-    behind, later_behind = flows.BEHIND, flows.BEHIND * flows.LATER
-    assert run_steps(topology, together).time_s == pytest.approx(0.1 * (1 + behind) + 1.0)
-    assert run_steps(topology, later).time_s == pytest.approx(0.1 * (1 + later_behind) + 1.0)
+    for behind in (1.0, 0.5):
+        for steps, less in ((together, behind), (later, behind * flows.LATER)):
+            found = run_steps(topology, steps, behind=behind)
+            assert found.time_s == pytest.approx(0.1 * (1 + less) + 1.0)
 
 
 def test_steps_without_flows_hold_up_nothing():
