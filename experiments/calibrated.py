@@ -13,8 +13,8 @@ from tamoe.calibration import measure
 from tamoe.cases import Case, Groups
 from tamoe.progress import Count, progress_line
 from tamoe.solver.constants import Constants
-from tamoe.solver.exchange_cost import ALL_WAYS, EXCHANGES, KEYS, WAYS
 from tamoe.solver.exchange_fit import Measured, fit
+from tamoe.solver.exchange_rows import ALL_WAYS, EXCHANGES, KEYS, WAYS
 from tamoe.topology.graph import Topology
 from tamoe.topology.ranks import run_ranks_with_report
 

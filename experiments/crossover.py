@@ -39,8 +39,8 @@ from tamoe.progress import Count, progress_line
 from tamoe.solver import Workload
 from tamoe.solver.choice import choose_exchange
 from tamoe.solver.constants import FILE_KEY, with_constants
-from tamoe.solver.exchange_cost import EXCHANGES
 from tamoe.solver.exchange_fit import Measured
+from tamoe.solver.exchange_rows import EXCHANGES
 from tamoe.topology.documents import check_writable, write_document
 from tamoe.topology.errors import StoppedError
 from tamoe.topology.graph import Topology

@@ -39,8 +39,9 @@ from tamoe.experiments.calibrated import (
 from tamoe.experiments.command import run_command
 from tamoe.solver import Workload, solve
 from tamoe.solver.constants import with_constants
-from tamoe.solver.exchange_cost import ALL_WAYS, EXCHANGES, predict
+from tamoe.solver.exchange_cost import predict
 from tamoe.solver.exchange_fit import Measured
+from tamoe.solver.exchange_rows import ALL_WAYS, EXCHANGES
 from tamoe.topology.documents import check_writable, write_document
 from tamoe.topology.graph import Topology
 from tamoe.topology.spec import ClusterSpec

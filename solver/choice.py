@@ -22,14 +22,8 @@ from tamoe.solver.constants import (
     constants_of,
     read_constants,
 )
-from tamoe.solver.exchange_cost import (
-    ALL_WAYS,
-    EXCHANGES,
-    KEYS,
-    WAYS,
-    predict,
-    rows_of_group,
-)
+from tamoe.solver.exchange_cost import predict
+from tamoe.solver.exchange_rows import ALL_WAYS, EXCHANGES, KEYS, WAYS, rows_of_group
 from tamoe.solver.relays import Relays, make_relays, sum_groups
 from tamoe.solver.workload import Workload
 from tamoe.topology.errors import InputError
@@ -148,7 +142,7 @@ def choose_exchange(
     for number, (ranks, part) in enumerate(zip(groups, parts, strict=True)):
         members = sorted(ranks)
         place_N = [members.index(ranks[p]) for p in workload.expert_position_N(num_ranks)]
-        counts_pN, forward_pMM = sample_routing(
+        counts_pN, forward_pMM, sums_pL = sample_routing(
             part, workload, target_PN[members], place_N, seed + number
         )
         rows.append(
@@ -160,6 +154,7 @@ def choose_exchange(
                 place_N,
                 workload.token_bytes,
                 [workload.tokens_per_rank] * len(members),
+                sums_pL,
             )
         )
     constants = read_constants(topology)
@@ -206,16 +201,19 @@ def sample_routing(
     target_PN: np.ndarray,
     rank_of_N: Sequence[int],
     seed: int = 0,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Counts ``[P, N]`` and copies from node to node ``[P, M, M]`` of a sampled routing, to scale.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Counts ``[P, N]``, copies from node to node ``[P, M, M]`` and sums of a routing, to scale.
+
+    It is sampled. Sums are ``[P, L + 1]``, those at each level, then tokens that have a row.
 
     Examples
     --------
     >>> topology = Topology.from_tree("2x1", bandwidth_bytes_per_s=(4e9, 1e9))
     >>> workload = Workload(tokens_per_rank=100, top_k=1, hidden_size=8)
-    >>> counts_PN, forward_PMM = sample_routing(topology, workload, np.eye(2) * 100, [0, 1])
-    >>> counts_PN.tolist(), float(forward_PMM.sum())
-    ([[100.0, 0.0], [0.0, 100.0]], 0.0)
+    >>> sampled = sample_routing(topology, workload, np.eye(2) * 100, [0, 1])
+    >>> counts_PN, forward_PMM, sums_PL = sampled
+    >>> counts_PN.tolist(), float(forward_PMM.sum()), sums_PL.tolist()
+    ([[100.0, 0.0], [0.0, 100.0]], 0.0, [[100.0, 100.0], [100.0, 100.0]])
     """
     generator = np.random.default_rng(seed)
     groups, num_nodes = sum_groups(topology), len(topology.nodes)
@@ -224,6 +222,9 @@ def sample_routing(
     node_of_N = np.array([topology.node_of[rank] for rank in rank_of_N])
     counts_PN = np.zeros(target_PN.shape)
     forward_PMM = np.zeros((topology.num_ranks, num_nodes, num_nodes))
+    sums_PL = np.zeros((topology.num_ranks, len(groups) + 1))
+    sums_PL[:, -1] = workload.tokens_per_rank
+    leaders = [ranks[0] for ranks in topology.nodes]
     for rank in range(topology.num_ranks):
         weight_N = np.maximum(target_PN[rank], 1e-12 * target_PN[rank].max())
         draw_SN = generator.exponential(size=(samples, len(weight_N))) / weight_N
@@ -233,7 +234,11 @@ def sample_routing(
         touch_SM[np.arange(samples)[:, None], node_of_N[index_SK]] = True
         relays = make_relays(rank, topology.nodes, groups)
         forward_PMM[rank] = scale * forwarding(touch_SM, relays)
-    return counts_PN, forward_PMM
+        for level, group in enumerate(groups):
+            group_M = np.array(group)[leaders]
+            touched = [touch_SM[:, group_M == number].any(1) for number in set(group)]
+            sums_PL[rank, level] = scale * np.sum(touched)
+    return counts_PN, forward_PMM, sums_PL
 
 
 def forwarding(touch_SM: np.ndarray, relays: Relays) -> np.ndarray:

@@ -92,7 +92,7 @@ def constants_of(
     """Those of one way of an exchange; of a backward pass from the forward way that it is like.
 
     Gradients of a combine go the way of a dispatch, but nothing is planned: they start as a combine
-    does and cost what it does for tokens.
+    does, and work on products of rows as it does on sums.
 
     Examples
     --------

@@ -10,71 +10,36 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from tamoe.solver.constants import Constants, constants_of, read_constants
+from tamoe.solver.exchange_rows import ALL_WAYS, EXCHANGES, Exchange, Rows, Way
 from tamoe.solver.flows import Flows, Step, run_steps, run_steps_together
-from tamoe.solver.parts import num_parts, part_shares, slices_for, turns
-from tamoe.solver.traffic import flat_rows, hierarchical_rows, sum_rows, told_bytes
+from tamoe.solver.parts import turns
 from tamoe.topology.errors import InputError
 from tamoe.topology.graph import Topology
 
-Exchange = Literal["flat single", "flat rounds", "hierarchical"]
-Way = Literal["dispatch", "combine", "combine_backward", "dispatch_backward"]
-EXCHANGES: tuple[Exchange, ...] = ("flat single", "flat rounds", "hierarchical")
-WAYS: tuple[Way, ...] = ("dispatch", "combine")  # measured, with constants of their own
-# Gradients go the other way: combine's as tokens do in a dispatch, dispatch's as sums in a combine.
-ALL_WAYS: tuple[Way, ...] = (*WAYS, "combine_backward", "dispatch_backward")
-Key = tuple[Exchange, Way]
-KEYS: tuple[Key, ...] = tuple(itertools.product(EXCHANGES, WAYS))
 _ALIKE: dict[Way, Way] = {"combine_backward": "dispatch", "dispatch_backward": "combine"}
 MOST_RANKS = 32  # beyond, sharing of links is not simulated flow by flow, which takes seconds
 MOST_RANK_SLICES = 64  # ranks times slices that are told apart, for the same reason
-# Of a flat exchange's work on rows, what is packing, what goes on while they are under way (copies
-# to and from sockets), and what places them or adds them up. With halves before and after, combines
-# of two groups were predicted up to 10 % too short (emulated, 4x2).
-PACKED, ALONG = {"dispatch": 0.25, "combine": 0.25}, {"dispatch": 0.25, "combine": 0.5}
+# Of a flat exchange's work on rows, what is packing and what goes on while they are under way
+# (copies to and from sockets); the rest comes at the end. A dispatch places its rows there, where a
+# combine has sums of its own to make. Of some shares that were tried these fit best: no flat
+# dispatch of two and four nodes is over 5 % off (up to 9 % with the combine's share), no combine
+# (up to 10 % with halves before and after; emulated).
+PACKED, ALONG = 0.25, {"dispatch": 0.25, "combine": 0.5}
 # Ranks of a node come out of their planning one after another, and what comes to a link first
 # leaves it first: in a dispatch each takes this much of what the one before it takes. With 1, those
-# over two hops were predicted up to 19 % too long; in a combine, where ranks begin together, .5
+# over two hops were predicted up to 19 % too long. In other ways, where ranks begin together, .5
 # predicted up to 10 % too short (emulated).
-BEHIND = {"dispatch": 0.5, "combine": 1.0}
+BEHIND = 0.5
 # Of a hierarchical dispatch's work on tokens, what comes before its first rows; the other parts are
 # planned while rows are under way. With all of it before them, dispatches of two groups on nodes of
 # their own were predicted 9 % too long (emulated, 4x2).
 PLANNED_FIRST = 0.5
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Bytes of one group's dispatch, between its ranks by their place in the group.
-
-    Parameters
-    ----------
-    ranks
-        Ranks of the group.
-    hops_pp
-        ``[p, p]`` bytes of each hop: one for a flat exchange; for a hierarchical one those between
-        nodes, highest switches first, then the one inside nodes.
-    own_bytes_p
-        Bytes of the tokens of each rank; of a flat combine, of the sums that it makes and of those
-        that it adds up again.
-    told
-        Whether ranks also tell each other where copies go, and weights; in the backward pass, what
-        gradients the weights have.
-    parts
-        Shares of the tokens that travel together, in the order of a dispatch; of a flat exchange,
-        of the rows.
-    """
-
-    ranks: tuple[int, ...]
-    hops_pp: Sequence[np.ndarray]
-    own_bytes_p: Sequence[float] = ()
-    told: bool = False
-    parts: Sequence[float] = (1.0,)
 
 
 @dataclass(frozen=True)
@@ -87,65 +52,6 @@ class Prediction:
     time_s: float
     busy_s: Mapping[tuple[str, str], float]
     bottleneck: str
-
-
-def rows_of_group(
-    local: Topology,
-    ranks: tuple[int, ...],
-    counts_pN: np.ndarray,
-    forward_pMM: np.ndarray,
-    rank_of_N: Sequence[int],
-    row_bytes: int,
-    tokens_p: Sequence[float],
-) -> dict[tuple[str, str], Rows]:
-    """What a group moves, for each way of each exchange, from its counts and touches.
-
-    Parameters
-    ----------
-    local
-        Topology of the group's ranks.
-    ranks
-        The group.
-    counts_pN
-        ``[p, N]`` tokens that each rank of the group sends to each of its experts.
-    forward_pMM
-        ``[p, M, M]`` tokens of each rank that are copied from a node to a node.
-    rank_of_N
-        Place in the group of the rank of each expert.
-    row_bytes
-        Bytes of a token.
-    tokens_p
-        Tokens of each rank of the group.
-
-    Examples
-    --------
-    >>> topology = Topology.from_tree("2x1", bandwidth_bytes_per_s=(4e9, 1e9))
-    >>> counts_pN, forward_pMM = np.array([[0, 3], [0, 0]]), np.zeros((2, 2, 2))
-    >>> rows = rows_of_group(topology, (0, 1), counts_pN, forward_pMM, (0, 1), 8, [3, 0])
-    >>> rows["flat rounds", "combine"].hops_pp[0].tolist()
-    [[0.0, 24.0], [0.0, 0.0]]
-    """
-    token_bytes_p = [tokens * row_bytes for tokens in tokens_p]
-    flat_pp = flat_rows(counts_pN, rank_of_N) * row_bytes
-    slices = slices_for(flat_pp.sum(1).max(initial=0.0))  # with drops a few more than these
-    flat = Rows(ranks, [flat_pp], token_bytes_p, parts=[1 / slices] * slices)
-    sums_p = sum_rows(local, counts_pN, forward_pMM, rank_of_N, tokens_p)
-    added_up = replace(flat, own_bytes_p=(sums_p * row_bytes).tolist())
-    hops = hierarchical_rows(local, counts_pN, forward_pMM, rank_of_N)
-    hops_pp = [hop_pp * row_bytes for hop_pp in hops]
-    told_pp = told_bytes(local, counts_pN, forward_pMM, rank_of_N)
-    parts = part_shares(num_parts(max(token_bytes_p)))
-    rows = Rows(ranks, hops_pp, token_bytes_p, False, parts)
-    relayed = {
-        "dispatch": replace(rows, hops_pp=[hops_pp[0] + told_pp, *hops_pp[1:]], told=True),
-        "combine": rows,
-        "combine_backward": rows,
-        "dispatch_backward": replace(rows, told=True),
-    }
-    moved = {("hierarchical", way): of_way for way, of_way in relayed.items()}
-    for exchange, way in itertools.product(EXCHANGES[:2], ALL_WAYS):
-        moved[exchange, way] = added_up if _ALIKE.get(way, way) == "combine" else flat
-    return moved
 
 
 def predict(
@@ -189,7 +95,7 @@ def predict(
             raise InputError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
     if constants is None:
         constants = constants_of(read_constants(topology), exchange, way, Constants())
-    way = _ALIKE.get(way, way)
+    behind, way = BEHIND if way == "dispatch" else 1.0, _ALIKE.get(way, way)
     steps_P: list[list[Step]] = [[] for _ in range(topology.num_ranks)]
     for rows in groups:
         local = topology.subset(rows.ranks)
@@ -204,7 +110,7 @@ def predict(
             steps_P,
             crossing_share=constants.crossing_share,
             at_once=constants.at_once,
-            behind=BEHIND[way],
+            behind=behind,
         )
     else:
         line = run_steps_together(topology, steps_P, at_once=constants.at_once)
@@ -268,7 +174,7 @@ class _Work:
 def _flat_steps(
     local: Topology, rows: Rows, way: Way, work: _Work, in_rounds: bool
 ) -> list[list[Step]]:
-    """Plan; slice by slice pack, send and place. A combine adds up once all slices are there."""
+    """Plan; slice by slice pack, send, place. A combine makes sums once all slices are there."""
     slices = min(len(rows.parts), max(MOST_RANK_SLICES // work.num_ranks, 1))
     bytes_pp = (rows.hops_pp[0] if way == "dispatch" else rows.hops_pp[0].T) / slices
     if in_rounds:
@@ -286,15 +192,15 @@ def _flat_steps(
     steps_p = []
     work_sp = zip(rows_p.tolist(), work.own_s().tolist(), strict=True)
     for place, (rows_s, own_s) in enumerate(work_sp):
-        packing = Step(work_s=PACKED[way] * rows_s)
-        last_s = (1 - PACKED[way] - ALONG[way]) * rows_s
+        packing = Step(work_s=PACKED * rows_s)
+        last_s = (1 - PACKED - ALONG[way]) * rows_s
         rounds = [
             Step(flows_p[place], along_p[place], *work.ahead(number, len(moves)), each)
             for number, (flows_p, along_p) in enumerate(zip(moves, along_sp, strict=True))
         ]
         if way == "dispatch":
-            planning = Step(work_s=own_s)
-            steps_p.append([planning, *[packing, *rounds, Step(work_s=last_s)] * slices])
+            own = Step(work_s=own_s)
+            steps_p.append([own, *[packing, *rounds, Step(work_s=last_s)] * slices])
         else:
             adding_up = Step(work_s=last_s * slices + own_s)
             steps_p.append([*[packing, *rounds] * slices, adding_up])

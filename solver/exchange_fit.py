@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tamoe.solver.constants import ROUNDS_AHEAD, Constants
-from tamoe.solver.exchange_cost import KEYS, Exchange, Key, Rows, Way, predict
+from tamoe.solver.exchange_cost import predict
+from tamoe.solver.exchange_rows import KEYS, Exchange, Key, Rows, Way
 from tamoe.topology.errors import InputError
 from tamoe.topology.graph import Topology
 

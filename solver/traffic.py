@@ -3,7 +3,7 @@
 The flat exchange sends a row for each (token, expert). The hierarchical one sends a copy of a token
 to each node that hosts one of its experts, then a row for each expert inside that node.
 
-Shape suffixes: P ranks, N experts of a group, M nodes, L levels.
+Shape suffixes: P ranks, N experts of a group, M nodes, L levels of sums.
 """
 
 from __future__ import annotations
@@ -88,53 +88,32 @@ def hierarchical_rows(
     return list(hops)
 
 
-def sum_rows(
-    topology: Topology,
-    counts_PN: np.ndarray,
-    forward_PMM: np.ndarray,
-    rank_of_N: Sequence[int],
-    tokens_P: Sequence[float],
-) -> np.ndarray:
-    """Sums that a flat combine makes of the rows of each rank's tokens, and adds up again, ``[P]``.
+def sum_rows(rows_P: np.ndarray, sums_PL: np.ndarray) -> np.ndarray:
+    """Sums that a flat combine makes of a rank's rows, and adds up again, ``[P]``.
 
-    A token's rows are added up for each node, then for each upper level of switches; a level that
-    would leave as many sums as there were is left out. Tokens that have experts in their rank's own
-    node or group of nodes are taken to be all of them, or as many as rows stay there. The other
-    arguments are those of :func:`hierarchical_rows`.
+    A token's rows are added up for each node, then for each upper level of switches, then for the
+    token. A level that would leave as many sums as there were is left out.
 
     Parameters
     ----------
-    tokens_P
-        Tokens of each rank.
+    rows_P
+        Rows of the tokens of each rank.
+    sums_PL
+        ``[P, L + 1]``, sums at each level, then tokens that have a row.
 
     Examples
     --------
-    Five tokens have an expert on each of two nodes: 10 sums, added up to 5. Five rows of single
-    tokens are theirs.
+    Of 15 rows of five tokens, 10 sums are made for two nodes, and 5 of those.
 
-    >>> topology = Topology.from_tree("2x2", bandwidth_bytes_per_s=(4e9, 1e9))
-    >>> forward_PMM = np.zeros((4, 2, 2))
-    >>> forward_PMM[0, 0, 1] = 5
-    >>> counts_PN = np.array([[5, 5, 5, 0], [5, 0, 0, 0], [0] * 4, [0] * 4])
-    >>> sum_rows(topology, counts_PN, forward_PMM, range(4), [5, 5, 0, 0]).tolist()
-    [25.0, 5.0, 0.0, 0.0]
+    >>> sum_rows(np.array([15.0]), np.array([[10.0, 5.0]])).tolist()
+    [25.0]
     """
-    rows_PP = flat_rows(counts_PN, rank_of_N)
-    left_P = rows_PP.sum(1)
-    tokens_P = np.minimum(np.asarray(tokens_P, dtype=np.float64), left_P)
-    leaders = [ranks[0] for ranks in topology.nodes]
-    found_P = np.zeros(len(left_P))
-    for group in (*sum_groups(topology), [0] * topology.num_ranks):
-        group_P = np.asarray(group)
-        group_M = group_P[leaders]
-        near_P = (rows_PP * (group_P[:, None] == group_P)).sum(1)
-        away_P = forward_PMM[:, group_M[:, None] != group_M].sum(1)
-        sums_P = np.minimum(away_P + np.minimum(near_P, tokens_P), left_P)
-        made_P = sums_P < left_P
-        # What is added up here and was itself a sum, and the new sums.
-        found_P += np.where(made_P, sums_P + np.where(found_P > 0, left_P, 0.0), 0.0)
+    left_P, found_P = rows_P, np.zeros(len(rows_P))
+    for sums_P in sums_PL.T:
+        added_P = sums_P + np.where(found_P > 0, left_P, 0.0)  # of rows that were sums themselves
+        found_P = found_P + np.where(sums_P < left_P, added_P, 0.0)
         left_P = sums_P
-    return np.maximum(found_P, tokens_P)
+    return np.maximum(found_P, left_P)
 
 
 def told_bytes(

@@ -25,16 +25,10 @@ from tamoe.groups import works_by_gloo
 from tamoe.progress import Count, Progress
 from tamoe.relays import count_copies, plan_forwarding
 from tamoe.solver.constants import ROUNDS_AHEAD, Constants, with_constants
-from tamoe.solver.exchange_cost import (
-    ALL_WAYS,
-    EXCHANGES,
-    KEYS,
-    WAYS,
-    Rows,
-    rows_of_group,
-)
 from tamoe.solver.exchange_fit import MOST_STEPS, Measured, fit
+from tamoe.solver.exchange_rows import ALL_WAYS, EXCHANGES, KEYS, WAYS, Rows, rows_of_group
 from tamoe.solver.relays import make_relays, sum_groups
+from tamoe.summation import count_sums
 from tamoe.timing import line_up, refill_s
 from tamoe.topology.graph import Topology
 
@@ -291,22 +285,25 @@ def _moved(
     each = num_experts // len(members)
     relays = make_relays(members.index(dist.get_rank()), local.nodes, sum_groups(local))
     node_N = torch.tensor(local.node_of).repeat_interleave(each)
+    sums_L = count_sums(index_TK, each, len(members), sum_groups(local))
     parent_TM = plan_forwarding(node_N[index_TK].flatten(), len(index_TK), relays)
     forward_MM = count_copies(parent_TM)[0]
     count_N = torch.bincount(index_TK.flatten(), minlength=num_experts)
     everyone: list[Any] = [None] * topology.num_ranks
-    dist.all_gather_object(everyone, (members, count_N.numpy(), forward_MM.numpy(), len(index_TK)))
+    mine = (members, count_N.numpy(), forward_MM.numpy(), len(index_TK), sums_L.numpy())
+    dist.all_gather_object(everyone, mine)
     moved: dict[tuple[str, str], list[Rows]] = {}
     for ranks in dict.fromkeys(entry[0] for entry in everyone):
-        mine = [everyone[rank] for rank in ranks]
+        of_group = [everyone[rank] for rank in ranks]
         rows = rows_of_group(
             topology.subset(ranks),
             ranks,
-            np.stack([entry[1] for entry in mine]),
-            np.stack([entry[2] for entry in mine]),
+            np.stack([entry[1] for entry in of_group]),
+            np.stack([entry[2] for entry in of_group]),
             [expert // each for expert in range(num_experts)],
             case.hidden_size * 4,
-            [entry[3] for entry in mine],
+            [entry[3] for entry in of_group],
+            np.stack([entry[4] for entry in of_group]),
         )
         for key, value in rows.items():
             moved.setdefault(key, []).append(value)

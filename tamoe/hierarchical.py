@@ -24,6 +24,7 @@ from tamoe.record import Phase
 from tamoe.relay_route import Hops, RowOrder, first_hop, plan_hops, source_order
 from tamoe.schedules import Mover
 from tamoe.shares import CountsCPE, Share
+from tamoe.solver.parts import part_shares
 from tamoe.solver.relays import Relays
 from tamoe.summation import add_stage
 from tamoe.telling import Weights, Words, tell_positions
@@ -40,6 +41,7 @@ class Part:
     number: int
     order: RowOrder
     at_once: bool  # rows set out before positions: nothing hides those, and other parts follow
+    largest: float  # rows of the largest part over those of this one
 
     @cached_property
     def told(self) -> Words:
@@ -86,9 +88,14 @@ class Part:
             copy_mD = held_mD
         hop = self.hops.inside
         for begin, rows in self.mover.inside(
-            copy_mD, hop.copy_m, hop.send_splits, hop.receive_splits, self.hops.most_rows, phase
+            copy_mD, hop.copy_m, hop.send_splits, hop.receive_splits, *self._most_rows, phase
         ):
             copy_rows_(row_RD, rows, None, self.place_R[begin : begin + len(rows)])
+
+    @property
+    def _most_rows(self) -> tuple[int, int]:
+        """Inside the node, of this part and of the largest one."""
+        return self.hops.most_rows, round(self.largest * self.hops.most_rows)
 
     def _planned(self, wait: Waiting) -> Waiting:
         """Plan the other hops while rows of the first one are under way."""
@@ -107,14 +114,14 @@ class Part:
         phase: Phase,
     ) -> Iterator[Waiting | None]:
         """From rows in the order of this rank's experts to a sum for each token."""
-        hop, most_rows = self.hops.inside, self.hops.most_rows
+        hop = self.hops.inside
         back_mD = row_RD.new_empty(len(hop.copy_m), row_RD.shape[1])
         for begin, rows in self.mover.inside(
             row_RD,
             self.place_R,
             hop.receive_splits,
             hop.send_splits,
-            most_rows,
+            *self._most_rows,
             phase,
             weight_R,
         ):
@@ -226,13 +233,14 @@ def plan_relays(
         Of the rows.
     """
     sent_CPE, received_CPE = counts
-    order = RowOrder(received_CPE)
+    order, num_parts = RowOrder(received_CPE), len(shares)
+    largest = [part_shares(num_parts)[0] / share for share in part_shares(num_parts)]
     return RelayRoute(
         mover,
         shares[-1].tokens.stop,
         sum(sum(map(sum, counts_PE)) for counts_PE in received_CPE),
         tuple(
-            Part(mover, relays, share, part, order, at_once=part == 0 and len(shares) > 1)
+            Part(mover, relays, share, part, order, part == 0 and num_parts > 1, largest[part])
             for part, share in enumerate(shares)
         ),
         None if weight_n is None else Weights(mover, weight_n, dtype, sent_CPE, order),

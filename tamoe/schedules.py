@@ -96,6 +96,7 @@ class Mover:
         send_splits: Sequence[int],
         receive_splits: Sequence[int],
         most_rows: int,
+        largest_rows: int,
         phase: Phase,
         weight_n: torch.Tensor | None = None,
     ) -> Iterator[tuple[int, torch.Tensor]]:
@@ -111,6 +112,8 @@ class Mover:
             Rows for each rank and from each rank; 0 outside the node.
         most_rows
             The most that a rank of the node sends or gets.
+        largest_rows
+            The same of the largest part of the exchange, to which the slices of all are cut.
         phase
             What an error calls it.
         weight_n
@@ -129,7 +132,8 @@ class Mover:
         memory = self._memory if row_nD.device.type == "cpu" else None
         row_bytes = row_nD.shape[1] * row_nD.element_size()
         # Each slice may have a row more for every rank, where rows do not divide.
-        rows_each = max(_slice_bytes(most_rows * row_bytes) // max(row_bytes, 1) - len(near), 1)
+        rows_each = _slice_bytes(largest_rows * row_bytes) // max(row_bytes, 1) - len(near)
+        rows_each = max(rows_each, len(near))
         num_slices = 1 if memory is None else max(1, -(-most_rows // rows_each))
         index_P = index_m.split(sends)
         for number in range(num_slices):

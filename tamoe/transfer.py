@@ -103,8 +103,9 @@ class Transfer:
     def start(self, number: int) -> Waiting:
         """Start a round; returns a function that waits for it. Each is begun and ended in order.
 
-        Round 0 stays inside the node. On gloo a round ends when its rows have left, and those of
-        the round ``ROUNDS_AHEAD`` before it have come; the last one ends when all have come.
+        Round 0 stays inside the node; what a rank keeps is left to :meth:`keep`. On gloo a round
+        ends when its rows have left, and those of the round ``ROUNDS_AHEAD`` before it have come;
+        the last one ends when all have come.
         """
         step = self._rounds[number]
         if number == 0:

@@ -16,8 +16,9 @@ from tamoe.cases import EXPERTS_PER_RANK, HIDDEN_SIZE, make_case, routing
 from tamoe.solver import Workload
 from tamoe.solver.choice import choose_exchange
 from tamoe.solver.constants import ROUNDS_AHEAD, Constants, read_constants
-from tamoe.solver.exchange_cost import EXCHANGES, KEYS, Key, predict, rows_of_group
+from tamoe.solver.exchange_cost import predict
 from tamoe.solver.exchange_fit import MOST_STEPS, Measured, fit
+from tamoe.solver.exchange_rows import EXCHANGES, KEYS, Key, rows_of_group
 from tamoe.topology import ClusterSpec, InputError, Topology, run_ranks
 
 TREE = Topology.from_tree("3x2", bandwidth_bytes_per_s=(1e9, 1e7))
@@ -34,16 +35,18 @@ def timed(tree: Topology, tokens: int, top_k: int, skew: float, seed: int) -> li
     node_N = np.array(tree.node_of).repeat(2)
     counts_pN = np.zeros((len(ranks), num_experts))
     forward_pMM = np.zeros((len(ranks), num_nodes, num_nodes))
+    sums_pL = np.full((len(ranks), 2), tokens)
     for rank, own in enumerate(tree.node_of):
         weight_N = np.exp(skew * generator.normal(size=num_experts))
         draw_TN = generator.exponential(size=(tokens, num_experts)) / weight_N
         index_TK = draw_TN.argsort(1)[:, :top_k]
         counts_pN[rank] = np.bincount(index_TK.ravel(), minlength=num_experts)
+        sums_pL[rank, 0] = sum((node_N[index_TK] == n).any(1).sum() for n in range(num_nodes))
         for node in set(range(num_nodes)) - {own}:
             forward_pMM[rank, own, node] = (node_N[index_TK] == node).any(1).sum()
     rank_of_N = np.arange(num_experts) // 2
     rows = rows_of_group(
-        tree, ranks, counts_pN, forward_pMM, rank_of_N, 1024, [tokens] * len(ranks)
+        tree, ranks, counts_pN, forward_pMM, rank_of_N, 1024, [tokens] * len(ranks), sums_pL
     )
     return [
         Measured("", *key, predict(tree, *key, [rows[key]], TRUE).time_s, (rows[key],))
@@ -58,7 +61,8 @@ def test_a_fit_finds_constants_that_predict_other_routings(tree: Topology) -> No
     steps: list[int] = []
     found = fit(tree, given, 2, keys, lambda: steps.append(1))
     assert list(found) == keys and 0 < len(steps) <= len(keys) * MOST_STEPS
-    # On two nodes links mix no flows, so nothing tells what that costs.
+    # On two nodes links mix no flows, so nothing tells what that costs. Elsewhere the fit binds it
+    # weakly to .9, and work beside the rows hides some of what mixed flows lose.
     share = found["flat single", "dispatch"].crossing_share
     assert share == (1.0 if tree is TWO_NODES else pytest.approx(0.7, abs=0.05))
     for one in timed(tree, 400, 3, 1.0, 50) + timed(tree, 1500, 2, 0.5, 51):

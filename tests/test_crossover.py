@@ -18,7 +18,7 @@ from tamoe.experiments.crossover import (
 )
 from tamoe.experiments.crossover_figure import save_figure
 from tamoe.solver.constants import Constants, with_constants
-from tamoe.solver.exchange_cost import EXCHANGES, WAYS
+from tamoe.solver.exchange_rows import EXCHANGES, WAYS
 from tamoe.topology import Topology
 
 SIZES = [1024.0 * 4**power for power in range(4)]  # 1, 4, 16 and 64 KiB

@@ -10,7 +10,8 @@ from hypothesis import example, given, settings, strategies as st
 from tamoe.solver import Workload, exchange_cost, flows
 from tamoe.solver.choice import choose_exchange
 from tamoe.solver.constants import FILE_KEY, Constants, read_constants, with_constants
-from tamoe.solver.exchange_cost import EXCHANGES, WAYS, Rows, predict, rows_of_group
+from tamoe.solver.exchange_cost import predict
+from tamoe.solver.exchange_rows import EXCHANGES, WAYS, Rows, rows_of_group
 from tamoe.solver.flows import SOCKET_BYTES, run_steps
 from tamoe.solver.parts import MOST_SLICES, part_shares
 from tamoe.topology import ClusterSpec, InputError, Topology
@@ -46,15 +47,17 @@ def random_rows(topology, seed, tokens=300, top_k=2, each=2):
     num_experts = num_ranks * each
     counts_pN = np.zeros((num_ranks, num_experts))
     forward_pMM = np.zeros((num_ranks, len(topology.nodes), len(topology.nodes)))
+    sums_pL = np.zeros((num_ranks, 2))
     for rank, _ in itertools.product(range(num_ranks), range(tokens)):
         experts = generator.choice(num_experts, top_k, replace=False)
         counts_pN[rank, experts] += 1
+        sums_pL[rank] += len(set(node_of[experts // each])), 1
         for node in set(node_of[experts // each]) - {node_of[rank]}:
             forward_pMM[rank, node_of[rank], node] += 1
     rank_of_N = np.arange(num_experts) // each
     ranks = everything(topology)
     return rows_of_group(
-        topology, ranks, counts_pN, forward_pMM, rank_of_N, 1024, [tokens] * num_ranks
+        topology, ranks, counts_pN, forward_pMM, rank_of_N, 1024, [tokens] * num_ranks, sums_pL
     )
 
 
@@ -69,7 +72,7 @@ def test_one_step_takes_what_its_most_loaded_link_needs(shape, seed):
         bound = bound_s(topology, sent_pp)
         time_s = predict(topology, "flat single", way, [rows], Constants()).time_s
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(exchange_cost.BEHIND, way, 1.0)
+            patch.setattr(exchange_cost, "BEHIND", 1.0)
             patch.setattr(flows, "HEAD_BYTES", 0.0)
             shared_s = predict(topology, "flat single", way, [rows], Constants()).time_s
         # Shares in proportion to bytes let all flows of the most loaded link end together.
@@ -275,7 +278,9 @@ def test_large_flat_rows_are_cut_into_slices():
     for tokens, slices in ((8, 1), (512, 1), (1024, 2), (1536, 3), (10**6, MOST_SLICES)):
         counts_pN = np.array([[tokens // 2, tokens // 2], [0, 0]])
         nodes_pMM = np.zeros((2, 2, 2))
-        rows = rows_of_group(topology, (0, 1), counts_pN, nodes_pMM, (0, 1), 4096, [tokens, 0])
+        sums_pL = np.array([[tokens, tokens], [0, 0]])
+        given = (counts_pN, nodes_pMM, (0, 1), 4096, [tokens, 0], sums_pL)
+        rows = rows_of_group(topology, (0, 1), *given)
         for exchange, way in itertools.product(EXCHANGES[:2], WAYS):
             assert rows[exchange, way].parts == [1 / slices] * slices
 
@@ -361,7 +366,7 @@ def test_combine_loads_the_opposite_links():
 
 
 def test_combine_mirrors_dispatch_in_time(monkeypatch):
-    monkeypatch.setitem(exchange_cost.BEHIND, "dispatch", 1.0)  # ranks of a node are in step
+    monkeypatch.setattr(exchange_cost, "BEHIND", 1.0)  # ranks of a node are in step
     topology = tree("2x2")
     between_pp = 1.5e5 * np.eye(4)[[2, 3, 0, 1]]
     rows = Rows(everything(topology), [between_pp, np.full((4, 4), 1e5)])

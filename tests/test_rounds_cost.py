@@ -6,7 +6,8 @@ import pytest
 from tamoe.solver import Workload
 from tamoe.solver.choice import choose_exchange
 from tamoe.solver.constants import Constants
-from tamoe.solver.exchange_cost import WAYS, Rows, predict
+from tamoe.solver.exchange_cost import predict
+from tamoe.solver.exchange_rows import WAYS, Rows
 from tamoe.solver.parts import part_shares
 from tamoe.topology import ClusterSpec, Topology
 

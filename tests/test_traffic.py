@@ -116,7 +116,7 @@ def test_both_ways_to_plan_forwarding_agree(shape: str) -> None:
 def test_sampled_touches_are_those_of_the_closed_form() -> None:
     topology = tree("4x2")
     workload = Workload(tokens_per_rank=256, top_k=8, hidden_size=8, experts_per_rank=8)
-    _, forward_PMM = sample_routing(
+    _, forward_PMM, _ = sample_routing(
         topology, workload, np.full((8, 64), 32.0), [e // 8 for e in range(64)]
     )
     touched = 1 - math.comb(48, 8) / math.comb(64, 8)  # an expert among the 16 of a node
