@@ -26,11 +26,10 @@ _ALIKE: dict[Way, Way] = {"combine_backward": "dispatch", "dispatch_backward": "
 MOST_RANKS = 32  # beyond, sharing of links is not simulated flow by flow, which takes seconds
 MOST_RANK_SLICES = 64  # ranks times slices that are told apart, for the same reason
 # Of a flat exchange's work on rows, what is packing and what goes on while they are under way
-# (copies to and from sockets); the rest comes at the end. A dispatch places its rows there, where a
-# combine has sums of its own to make. Of some shares that were tried these fit best: no flat
-# dispatch of two and four nodes is over 5 % off (up to 9 % with the combine's share), no combine
-# (up to 10 % with halves before and after; emulated).
-PACKED, ALONG = 0.25, {"dispatch": 0.25, "combine": 0.5}
+# (copies to and from sockets, and of rows that a rank keeps); the rest comes at the end. With
+# halves before and after, combines were predicted up to 10 % too short, with a quarter under way
+# dispatches up to 9 % too long; with these none is over 8 % off (emulated, two and four nodes).
+PACKED, ALONG = 0.25, 0.5
 # Ranks of a node come out of their planning one after another, and what comes to a link first
 # leaves it first: in a dispatch each takes this much of what the one before it takes. With 1, those
 # over two hops were predicted up to 19 % too long. In other ways, where ranks begin together, .5
@@ -186,14 +185,14 @@ def _flat_steps(
     each = len(rows.parts) / slices
     rows_p = work.rows_s(0) / slices
     along_sp = [
-        (each * work.messages_s(flows_p) + ALONG[way] / len(moves) * rows_p).tolist()
+        (each * work.messages_s(flows_p) + ALONG / len(moves) * rows_p).tolist()
         for flows_p in moves
     ]
     steps_p = []
     work_sp = zip(rows_p.tolist(), work.own_s().tolist(), strict=True)
     for place, (rows_s, own_s) in enumerate(work_sp):
         packing = Step(work_s=PACKED * rows_s)
-        last_s = (1 - PACKED - ALONG[way]) * rows_s
+        last_s = (1 - PACKED - ALONG) * rows_s
         rounds = [
             Step(flows_p[place], along_p[place], *work.ahead(number, len(moves)), each)
             for number, (flows_p, along_p) in enumerate(zip(moves, along_sp, strict=True))
