@@ -202,9 +202,10 @@ def sample_routing(
     rank_of_N: Sequence[int],
     seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Counts ``[P, N]``, copies from node to node ``[P, M, M]`` and sums of a routing, to scale.
+    """Counts, copies from node to node and sums of a sampled routing, to scale.
 
-    It is sampled. Sums are ``[P, L + 1]``, those at each level, then tokens that have a row.
+    They are ``[P, N]``, ``[P, M, M]`` and ``[P, L + 1]``: sums of a rank's rows at each level, then
+    its tokens.
 
     Examples
     --------
@@ -224,7 +225,6 @@ def sample_routing(
     forward_PMM = np.zeros((topology.num_ranks, num_nodes, num_nodes))
     sums_PL = np.zeros((topology.num_ranks, len(groups) + 1))
     sums_PL[:, -1] = workload.tokens_per_rank
-    leaders = [ranks[0] for ranks in topology.nodes]
     for rank in range(topology.num_ranks):
         weight_N = np.maximum(target_PN[rank], 1e-12 * target_PN[rank].max())
         draw_SN = generator.exponential(size=(samples, len(weight_N))) / weight_N
@@ -234,9 +234,8 @@ def sample_routing(
         touch_SM[np.arange(samples)[:, None], node_of_N[index_SK]] = True
         relays = make_relays(rank, topology.nodes, groups)
         forward_PMM[rank] = scale * forwarding(touch_SM, relays)
-        for level, group in enumerate(groups):
-            group_M = np.array(group)[leaders]
-            touched = [touch_SM[:, group_M == number].any(1) for number in set(group)]
+        for level, group_M in enumerate(relays.group_LM):
+            touched = [touch_SM[:, np.equal(group_M, g)].any(1) for g in set(group_M)]
             sums_PL[rank, level] = scale * np.sum(touched)
     return counts_PN, forward_PMM, sums_PL
 

@@ -234,13 +234,21 @@ def plan_relays(
     """
     sent_CPE, received_CPE = counts
     order, num_parts = RowOrder(received_CPE), len(shares)
-    largest = [part_shares(num_parts)[0] / share for share in part_shares(num_parts)]
+    part_share = part_shares(num_parts)
     return RelayRoute(
         mover,
         shares[-1].tokens.stop,
         sum(sum(map(sum, counts_PE)) for counts_PE in received_CPE),
         tuple(
-            Part(mover, relays, share, part, order, part == 0 and num_parts > 1, largest[part])
+            Part(
+                mover,
+                relays,
+                share,
+                part,
+                order,
+                part == 0 and num_parts > 1,
+                part_share[0] / part_share[part],
+            )
             for part, share in enumerate(shares)
         ),
         None if weight_n is None else Weights(mover, weight_n, dtype, sent_CPE, order),
