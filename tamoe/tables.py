@@ -79,7 +79,7 @@ def _print_constants(topology: Topology) -> None:
         return
     if not constants:
         return
-    table = _table("exchange (fitted)", "start", "message", "rows", "tokens or sums", "mixed")
+    table = _table("exchange (fitted)", "start", "message", "rows", "tokens, sums", "mixed")
     for (exchange, way), found in constants.items():
         table.add_row(
             f"{exchange}, {way}",
