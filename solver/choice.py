@@ -36,6 +36,9 @@ SAMPLES = 256  # tokens of each rank; the spread of a node's touches is then bel
 MOST_RANKS = 256  # beyond, sampling every rank takes seconds
 # Without constants the model does not see what messages cost; a gain has to be worth them.
 LEAST_GAIN = 0.1
+Kind = Literal["flat", "hierarchical"]
+AskedExchange = Literal["auto", "flat", "hierarchical"]
+ASKED_EXCHANGES: tuple[AskedExchange, ...] = ("auto", "flat", "hierarchical")
 _SCHEDULES: dict[str, Literal["single", "rounds"]] = {
     "flat single": "single",
     "flat rounds": "rounds",
@@ -50,7 +53,7 @@ class Choice:
     where those count; simulated.
     """
 
-    kind: Literal["flat", "hierarchical"]
+    kind: Kind
     schedule: (
         Literal["single", "rounds"] | None
     )  # "single" or "rounds"; None: as the transport likes best
@@ -65,7 +68,7 @@ _CHOSEN: WeakKeyDictionary[Plan, dict[int, Choice]] = WeakKeyDictionary()
 def choose_for(
     topology_or_plan: Topology | Plan | None, *, rounds_ahead: int = ROUNDS_AHEAD
 ) -> Choice:
-    """The choice for a Plan; flat for anything else, and where there is no prediction.
+    """What a Plan asks for, or the choice for it; flat where there is no Plan or no prediction.
 
     ``rounds_ahead`` is that of the transport, as in :func:`choose_exchange`.
 
@@ -75,6 +78,9 @@ def choose_for(
     if topology_or_plan is None or isinstance(topology_or_plan, Topology):
         return Choice("flat", None, "flat: without a plan, sizes and routing are unknown", {})
     plan = topology_or_plan
+    if plan.asked_exchange != "auto":
+        asked = plan.asked_exchange
+        return Choice(asked, None, f"{asked}: what the plan was solved with", {})
     chosen = _CHOSEN.setdefault(plan, {})
     if rounds_ahead not in chosen:
         try:

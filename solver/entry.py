@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from tamoe.solver.choice import ASKED_EXCHANGES, AskedExchange
 from tamoe.solver.closed_form import closed_form_target
 from tamoe.solver.cost import SELF_SENDS, SelfSend, check_self_send
 from tamoe.solver.entropic import entropic_target
@@ -20,7 +21,6 @@ from tamoe.topology.graph import MAX_DENSE_RANKS, Topology
 
 Method = Literal["exact", "entropic", "closed_form"]
 METHODS: tuple[Method, ...] = ("exact", "entropic", "closed_form")
-EXCHANGES = ("auto", "flat")
 MAX_KL = 1e9  # beyond, rounding drowns the time
 LOCAL = 0.99  # kept on its rank: from here on the target is "keep everything local"
 
@@ -33,7 +33,7 @@ def solve(
     floor: float = 0.0,
     kl: float = 0.0,
     self_send: SelfSend = "intra",
-    exchange: str = "auto",
+    exchange: AskedExchange = "auto",
 ) -> Plan:
     """How many tokens each rank should send to each expert.
 
@@ -56,7 +56,8 @@ def solve(
         Price of tokens whose expert is on their own rank. "intra": as a message inside the node.
         "copy": as a copy at ``topology.copy_bytes_per_s``. "free": nothing.
     exchange
-        "auto" or "flat"; both give the flat exchange.
+        What ``Exchange(plan)`` is to take: "flat", "hierarchical", or "auto" for the faster of
+        both at the target, by their cost model. The target does not depend on it.
 
     Returns
     -------
@@ -106,6 +107,7 @@ def solve(
         rank_price_P=problem.per_rank_P(answer.rank_price_GI),
         expert_price_GN=problem.per_expert_GN(answer.column_price_GJ),
         objective_gap=answer.objective_gap,
+        asked_exchange=exchange,
         notes=_latency_notes(problem, optimum) + answer.notes,
     )
 
@@ -157,8 +159,8 @@ def _check(
         )
     if method not in METHODS:
         raise InputError(f"method is {method!r}; allowed: {', '.join(METHODS)}")
-    if exchange not in EXCHANGES:
-        raise InputError(f"exchange is {exchange!r}; allowed: {', '.join(EXCHANGES)}")
+    if exchange not in ASKED_EXCHANGES:
+        raise InputError(f"exchange is {exchange!r}; allowed: {', '.join(ASKED_EXCHANGES)}")
     if not _is_number(floor) or not 0 <= floor <= 1:
         raise InputError(f"floor is {floor!r}; allowed: 0 to 1, a fraction of even dispatch")
     if not _is_number(kl) or not 0 <= kl <= MAX_KL:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from tamoe.solver.choice import AskedExchange, Kind, choose_for
 from tamoe.solver.cost import CostModel, SelfSend, cost_model, tokens_between_ranks
 from tamoe.solver.workload import Workload
 from tamoe.topology.errors import InputError, whole
@@ -60,8 +61,8 @@ class Plan:
         π being :meth:`price_N`.
     objective_gap
         Own bound on how far an entropic target's objective is from its optimum; 0 for others.
-    exchange, exchange_reason
-        The exchange that the plan is for, and why.
+    asked_exchange
+        What :func:`~tamoe.solver.solve` was told to take: "auto", "flat" or "hierarchical".
     notes
         Sentences for the reader: where steering cannot help, where a method gave something up.
 
@@ -91,8 +92,7 @@ class Plan:
     rank_price_P: np.ndarray
     expert_price_GN: np.ndarray
     objective_gap: float = 0.0
-    exchange: str = "flat"
-    exchange_reason: str = "flat is the only exchange that solve knows"
+    asked_exchange: AskedExchange = "auto"
     notes: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)  # unknown keys of a file
 
@@ -313,6 +313,19 @@ class Plan:
         ratio = self.target_PN / self.even_tokens
         logs = np.log(ratio, where=ratio > 0, out=np.zeros_like(ratio))
         return float((self.target_PN * logs).sum() / self.target_PN.sum())
+
+    @property
+    def exchange(self) -> Kind:
+        """What was asked for; for "auto" the faster one on gloo, by the cost model of exchanges.
+
+        Found when first asked for, which takes seconds from 32 ranks on.
+        """
+        return choose_for(self).kind
+
+    @property
+    def exchange_reason(self) -> str:
+        """Why that one: times of both, simulated, and the busiest link."""
+        return choose_for(self).reason
 
     @cached_property
     def link_loads(self) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from tamoe.solver.choice import ASKED_EXCHANGES
 from tamoe.solver.cost import SELF_SENDS
 from tamoe.solver.plan import Plan
 from tamoe.solver.workload import Workload
@@ -19,10 +20,10 @@ from tamoe.topology.formats import topology_from_document, topology_to_document
 SCHEMA = "tamoe.plan"
 SCHEMA_VERSION = "1.0"
 _KNOWN = {
-    "schema", "schema_version", "method", "floor", "kl", "self_send", "exchange",
-    "exchange_reason", "time_s", "even_time_s", "lower_bound_s", "objective_gap", "notes",
-    "workload", "target_tokens", "link_prices", "pair_prices", "rank_prices_s_per_token",
-    "expert_prices_s_per_token", "topology",
+    "schema", "schema_version", "method", "floor", "kl", "self_send", "asked_exchange", "time_s",
+    "even_time_s", "lower_bound_s", "objective_gap", "notes", "workload", "target_tokens",
+    "link_prices", "pair_prices", "rank_prices_s_per_token", "expert_prices_s_per_token",
+    "topology", "exchange", "exchange_reason",  # the last two in files of older versions
 }  # fmt: skip
 _SUM_ERROR = 1e-6  # relative; targets of a file must send every token
 
@@ -37,8 +38,7 @@ def plan_to_document(plan: Plan) -> dict[str, Any]:
         "floor": plan.floor,
         "kl": plan.kl,
         "self_send": plan.self_send,
-        "exchange": plan.exchange,
-        "exchange_reason": plan.exchange_reason,
+        "asked_exchange": plan.asked_exchange,
         "time_s": plan.time_s,
         "even_time_s": plan.even_time_s,
         "lower_bound_s": plan.lower_bound_s,
@@ -74,6 +74,10 @@ def plan_from_document(document: Mapping[str, Any], where: str) -> Plan:
     self_send = field(document, "self_send", where)
     if self_send not in SELF_SENDS:
         raise InputError(f"{where}: self_send is {self_send!r}; allowed: {', '.join(SELF_SENDS)}")
+    asked_exchange = document.get("asked_exchange", "auto")  # older versions had nothing to ask
+    if asked_exchange not in ASKED_EXCHANGES:
+        allowed = ", ".join(ASKED_EXCHANGES)
+        raise InputError(f"{where}: asked_exchange is {asked_exchange!r}; allowed: {allowed}")
     return Plan(
         topology=topology,
         workload=workload,
@@ -92,8 +96,7 @@ def plan_from_document(document: Mapping[str, Any], where: str) -> Plan:
             document, "expert_prices_s_per_token", (num_groups, num_experts), where
         ),
         objective_gap=number(document, "objective_gap", where, default=0.0, minimum=-1.0),
-        exchange=_text(document, "exchange", where),
-        exchange_reason=_text(document, "exchange_reason", where),
+        asked_exchange=asked_exchange,
         notes=_notes(document, where),
         extra={key: value for key, value in document.items() if key not in _KNOWN},
     )

@@ -196,6 +196,10 @@ def solve(
     self_send: Annotated[
         Literal["intra", "copy", "free"], typer.Option(help="Price of a token that stays.")
     ] = "intra",
+    exchange: Annotated[
+        Literal["auto", "flat", "hierarchical"],
+        typer.Option(help="What Exchange(plan) is to take; auto: the faster one, by the model."),
+    ] = "auto",
     json_output: Json = False,
 ) -> None:
     """Solve for how many tokens each rank should send to each expert.
@@ -223,7 +227,15 @@ def solve(
         check_writable(output)
     if warning := check_solvable(topology, str(topology_file)):
         print(f"tamoe: {warning}", file=sys.stderr)
-    plan = run(topology, workload, method=method, floor=floor, kl=kl, self_send=self_send)
+    plan = run(
+        topology,
+        workload,
+        method=method,
+        floor=floor,
+        kl=kl,
+        self_send=self_send,
+        exchange=exchange,
+    )
     if output is not None:
         plan.save(output)
     if json_output:

@@ -141,6 +141,7 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
         "lower_bound_s": plan.lower_bound_s,
         "gap": plan.gap,
         "exchange": plan.exchange,
+        "exchange_reason": plan.exchange_reason,
         "floor": plan.floor,
         "kl": plan.kl,
         "self_send": plan.self_send,
@@ -173,7 +174,7 @@ def print_plan(plan: Plan) -> None:
     names = [bottleneck.name for bottleneck in plan.bottlenecks]
     more = f" and {len(names) - 6} more" if len(names) > 6 else ""
     print(f"bottleneck links: {', '.join(names[:6])}{more}")
-    print(f"exchange: {plan.exchange} ({plan.exchange_reason})")
+    print(f"exchange: {plan.exchange_reason}")
     for note in plan.notes:
         print(note)
 

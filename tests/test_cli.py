@@ -40,15 +40,18 @@ def test_solve_prints_levels_times_bound_and_bottlenecks(
     assert code == 0
     for words in ("same node", "lower bound", "bottleneck links:", "simulated", "gap"):
         assert words in out
+    assert "\nexchange: flat: dispatch and combine, forward and backward, take flat rounds " in out
     assert json.loads((tmp_path / "p.json").read_text())["schema"] == "tamoe.plan"
 
 
 def test_solve_json_is_json(capsys: pytest.CaptureFixture[str], topology_file: Path) -> None:
-    code, out, _ = run(capsys, "solve", topology_file, "--json")
+    code, out, _ = run(capsys, "solve", topology_file, "--json", "--exchange", "hierarchical")
     summary = json.loads(out)
     assert code == 0
     assert summary["label"] == "simulated"
     assert summary["predicted_speedup"] > 1
+    assert summary["exchange"] == "hierarchical"
+    assert summary["exchange_reason"] == "hierarchical: what the plan was solved with"
     assert sum(summary["level_shares"].values()) == pytest.approx(1)
 
 

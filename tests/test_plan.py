@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tamoe.solver import Plan, Workload, solve
+from tamoe.solver.plan_file import plan_to_document
 from tamoe.topology.errors import InputError
 from tamoe.topology.graph import Topology
 from tamoe.topology.link import Pair
@@ -36,6 +37,23 @@ def assert_same(one: Plan, other: Plan) -> None:
             assert getattr(one, spec.name) == getattr(other, spec.name), spec.name
     assert one.topology.links == other.topology.links
     assert one.topology.nodes == other.topology.nodes
+
+
+# ---- the exchange ------------------------------------------------------------------------------
+
+
+def test_the_exchange_is_the_one_asked_for_or_the_faster_one(tmp_path: Path) -> None:
+    topology = Topology.from_tree("2x4", bandwidth_bytes_per_s=(1e11, 1e9))
+    for top_k, faster, slower in ((1, "flat", "hierarchical"), (8, "hierarchical", "flat")):
+        workload = Workload(tokens_per_rank=1024, top_k=top_k, experts_per_rank=8)
+        plan = solve(topology, workload, floor=0.9)
+        assert plan.exchange == faster and plan.exchange_reason.startswith(f"{faster}: dispatch")
+        other = solve(topology, workload, floor=0.9, exchange=slower)  # type: ignore[arg-type]
+        assert np.array_equal(other.target_PN, plan.target_PN)
+        other.save(tmp_path / "plan.json")
+        for again in (other, Plan.load(tmp_path / "plan.json"), copy.deepcopy(other)):
+            assert again.exchange == slower
+            assert again.exchange_reason == f"{slower}: what the plan was solved with"
 
 
 # ---- rows -------------------------------------------------------------------------------------
@@ -216,6 +234,7 @@ def broken(document: dict[str, Any], path: str, value: object) -> dict[str, Any]
         ("rank_prices_s_per_token", "all", "rank_prices_s_per_token is not an array"),
         ("expert_prices_s_per_token/0/0", float("nan"), r"expert_prices_s_per_token\[0\]\[0\]"),
         ("self_send", "no", "self_send is 'no'; allowed: intra, copy, free"),
+        ("asked_exchange", "fast", "asked_exchange is 'fast'; allowed: auto, flat, hierarchical"),
         ("method", 3, "method is 3; allowed: a string"),
         ("notes", "none", "notes is 'none'; allowed: a list of strings"),
         ("workload", 3, "workload: expected an object, got 3"),
@@ -235,6 +254,14 @@ def test_broken_files_are_refused_by_field(
     with pytest.raises(InputError, match=message) as caught:
         Plan.load(file)
     assert str(file) in str(caught.value)
+
+
+def test_files_of_older_versions_asked_for_no_exchange(plan: Plan, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    document = broken(plan_to_document(plan), "asked_exchange", None)
+    file.write_text(json.dumps(document | {"exchange": "flat", "exchange_reason": "the only one"}))
+    loaded = Plan.load(file)
+    assert loaded.asked_exchange == "auto" and not loaded.extra
 
 
 def test_truncated_and_missing_files_are_refused(plan: Plan, tmp_path: Path) -> None:

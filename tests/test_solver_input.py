@@ -34,7 +34,7 @@ TOPOLOGY = Topology.from_tree("2x2", bandwidth_bytes_per_s=(1e10, 1e9))
         ({"kl": 0.1}, "kl is 0.1 with method 'exact'; allowed: 0, or method 'entropic'"),
         ({"self_send": "never"}, "self_send is 'never'; allowed: intra, copy, free"),
         ({"self_send": "copy"}, "self_send is 'copy' and the topology has no copy_bytes_per_s"),
-        ({"exchange": "hierarchical"}, "exchange is 'hierarchical'; allowed: auto, flat"),
+        ({"exchange": "none"}, "exchange is 'none'; allowed: auto, flat, hierarchical"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: str) -> None:
