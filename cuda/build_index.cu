@@ -209,7 +209,12 @@ int sort(const int32_t* key, int32_t num_choices, int32_t num_keys, int32_t* bas
 
 }  // namespace
 
+static bool too_large(int64_t num_choices, int64_t num_experts, int64_t num_groups) {
+    return num_choices > INT32_MAX - tile || num_experts * 4 > shared_limit || num_groups * 4 > shared_limit;
+}
+
 int64_t tamoe_build_index_workspace(int64_t num_choices, int64_t num_experts, int64_t num_groups) {
+    if (too_large(num_choices, num_experts, num_groups)) return TAMOE_TOO_LARGE;
     int64_t words = 0;
     lay_out(nullptr, num_choices, num_experts, num_groups, &words);
     return words * 4;
@@ -222,8 +227,7 @@ int tamoe_build_index(const void* expert_index, int index_bytes, int64_t num_tok
     if (num_tokens < 0 || top_k < 1 || num_experts < 1 || (index_bytes != 4 && index_bytes != 8) ||
         (group_of_expert != nullptr) != (num_groups > 0))
         return TAMOE_BAD_ARGUMENT;
-    if (num_tokens > (INT32_MAX - tile) / top_k || num_experts * 4 > shared_limit || num_groups * 4 > shared_limit)
-        return TAMOE_TOO_LARGE;
+    if (num_tokens > INT32_MAX / top_k || too_large(num_tokens * top_k, num_experts, num_groups)) return TAMOE_TOO_LARGE;
     const int32_t num_choices = static_cast<int32_t>(num_tokens * top_k), k = static_cast<int32_t>(top_k);
     const int32_t experts = static_cast<int32_t>(num_experts), groups = static_cast<int32_t>(num_groups);
     int code = port::clear(refused, 8, stream);

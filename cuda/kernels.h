@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-#define TAMOE_ABI 2
+#define TAMOE_ABI 3
 
 #define TAMOE_BAD_ARGUMENT (-1)   // a size, dtype or pointer that the function does not take
 #define TAMOE_TOO_LARGE (-2)      // more experts or choices than the kernel is made for
@@ -21,13 +21,17 @@
 #define TAMOE_API extern "C" __attribute__((visibility("default")))
 
 TAMOE_API int tamoe_abi(void);
+// What the build says of its sources (TAMOE_SOURCES); "" if nothing.
+TAMOE_API const char* tamoe_sources(void);
 TAMOE_API const char* tamoe_message(int code);
 // Later calls of this thread run on that device.
 TAMOE_API int tamoe_use_device(int device);
+// 0 if that device, with its driver, can run these kernels.
+TAMOE_API int tamoe_ready(void);
 // CPU build only: the schedule of later launches; 0 is the fixed one. Others return TAMOE_BAD_ARGUMENT.
 TAMOE_API int tamoe_shim_seed(uint64_t seed);
 
-// Bytes of workspace that tamoe_build_index needs; num_groups 0 without groups.
+// Bytes of workspace that tamoe_build_index needs, or TAMOE_TOO_LARGE; num_groups 0 without groups.
 TAMOE_API int64_t tamoe_build_index_workspace(int64_t num_choices, int64_t num_experts, int64_t num_groups);
 
 // Stable order of choices by expert, and with group_of_expert the tokens that touch each group.
@@ -78,9 +82,11 @@ TAMOE_API int tamoe_unmap_memory(void* address);
 //   memory          [num_peers] addresses, on the host, of every peer's memory as mapped here; own included
 //   epoch           1, 2, 3, ... the same at every peer: the number of this exchange
 //   source          [num_copies] row of each copy, or null for 0, 1, 2, ...; sorted by target peer
-//   send_count      [num_peers] rows for each peer; rows behind their sum are not sent
+//   send_count      [num_peers] rows for each peer, in all up to num_copies; rows behind their sum are not sent
 //   received_count  [num_peers] rows that came from each peer
-//   status          [1] 0; p + 1 when peer p did not answer in time; -p - 1 when peer p's buffer is too small
+//   status          [1] 0; p + 1 when peer p did not answer in time; -p - 1 when peer p's buffer is too small;
+//                   -TAMOE_MAX_PEERS - p - 1 when the counts of peer p are not allowed: then no row is stored
+//   timeout_ns      from when the exchange begins on the device
 // Received rows must be read on the same stream before the next exchange starts.
 #define TAMOE_MAX_PEERS 64
 TAMOE_API int64_t tamoe_peer_header_bytes(int64_t num_peers);

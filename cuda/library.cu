@@ -1,7 +1,15 @@
 // What is no kernel: version, messages for codes, the device, the test schedule, memory between processes.
 #include "port.h"
 
+#define QUOTED(text) #text
+#define VALUE_QUOTED(macro) QUOTED(macro)
+#ifndef TAMOE_SOURCES
+#define TAMOE_SOURCES
+#endif
+
 int tamoe_abi(void) { return TAMOE_ABI; }
+
+const char* tamoe_sources(void) { return VALUE_QUOTED(TAMOE_SOURCES); }
 
 const char* tamoe_message(int code) {
     switch (code) {
@@ -30,6 +38,19 @@ int tamoe_use_device(int device) {
     return told(cudaSetDevice(device));
 #else
     return device == 0 ? 0 : TAMOE_BAD_ARGUMENT;
+#endif
+}
+
+#ifdef __CUDACC__
+static __global__ void ready_kernel() {}
+#endif
+
+int tamoe_ready(void) {
+#ifdef __CUDACC__
+    cudaFuncAttributes attributes;
+    return told(cudaFuncGetAttributes(&attributes, ready_kernel));  // loads the code for this device
+#else
+    return 0;
 #endif
 }
 

@@ -54,15 +54,25 @@ def sources(folder: Path | None = None) -> list[Path]:
     return found
 
 
+def sources_digest(folder: Path | None = None) -> str:
+    """What tells these sources from others, in 24 characters; a library for GPUs carries it."""
+    digest = hashlib.sha256()
+    for path in sources(folder):
+        _add(digest, path)
+    return f"s{digest.hexdigest()[:23]}"  # the compiler takes it for a name
+
+
+def _add(digest: hashlib._Hash, path: Path) -> None:
+    digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+
+
 def cache_folder() -> Path:
     """A folder to write libraries to, made if need be.
 
     Where the usual one is read-only, a private one in the system's folder for temporary files.
     """
-    chosen = os.environ.get("TAMOE_CACHE_DIR")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    usual = Path(chosen) if chosen else Path(base) / "tamoe"
-    if _writable(usual):
+    usual = _usual_folder()
+    if usual is not None and _writable(usual):
         return usual
     private = Path(tempfile.gettempdir()) / f"tamoe-{os.getuid()}"
     if _writable(private):
@@ -71,9 +81,20 @@ def cache_folder() -> Path:
         if status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             return private
     raise KernelError(
-        f"no folder to build the kernels in: neither {usual} nor {private} can be written by this "
-        f"user alone; set TAMOE_CACHE_DIR to a folder of yours"
+        f"no folder to build the kernels in: neither {usual or 'a home'} nor {private} can be "
+        f"written by this user alone; set TAMOE_CACHE_DIR to a folder of yours"
     )
+
+
+def _usual_folder() -> Path | None:
+    if chosen := os.environ.get("TAMOE_CACHE_DIR"):
+        return Path(chosen)
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "tamoe"
+    try:
+        return Path.home() / ".cache" / "tamoe"
+    except RuntimeError:  # a user that the system does not know
+        return None
 
 
 def _writable(folder: Path) -> bool:
@@ -176,11 +197,14 @@ def build_cuda(
     if ptx:
         codes.append(f"arch=compute_{numbers[-1]},code=compute_{numbers[-1]}")
     flags = [*NVCC_FLAGS, *(part for code in codes for part in ("-gencode", code))]
+    flags.append(f"-DTAMOE_SOURCES={sources_digest(folder)}")
     if output is not None:
         _compile([nvcc, *flags, "-shared", *_units(folder)], output)
         return output
     command = [nvcc, *flags, "-shared"]
-    return _cached("-cuda.so", command, f"nvcc {version[0]}.{version[1]}", sources(folder))
+    more = [os.environ.get(f"NVCC_{name}_FLAGS", "") for name in ("PREPEND", "APPEND")]
+    compiler = f"nvcc {version[0]}.{version[1]} {more}"  # nvcc obeys these, too
+    return _cached("-cuda.so", command, compiler, sources(folder))
 
 
 def build_shim(*, sanitize: bool = False, folder: Path | None = None, optimise: int = 1) -> Path:
@@ -224,7 +248,7 @@ def _cached(suffix: str, command: list[str], compiler: str, files: list[Path]) -
     """What a command makes of files, from the cache or made now; headers count for the key only."""
     digest = hashlib.sha256("\0".join([compiler, *command]).encode())
     for path in files:
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+        _add(digest, path)
     output = cache_folder() / f"{digest.hexdigest()[:24]}{suffix}"
     if not output.exists():
         with _locked(output.with_suffix(".lock")):
@@ -235,10 +259,14 @@ def _cached(suffix: str, command: list[str], compiler: str, files: list[Path]) -
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(
-            file, fcntl.LOCK_EX
-        )  # given back when the file closes, also by a killed process
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(path.open("w"))
+            fcntl.flock(file, fcntl.LOCK_EX)  # until the file closes, as that of a killed process
+        except OSError as error:
+            raise KernelError(
+                f"cannot lock {path}: {error.strerror}; set TAMOE_CACHE_DIR to another folder"
+            ) from None
         yield
 
 
@@ -262,6 +290,8 @@ def run_tool(command: Sequence[str]) -> str:
         result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
     except FileNotFoundError:
         raise KernelError(f"{command[0]} was not found") from None
+    except OSError as error:
+        raise KernelError(f"{command[0]} cannot be run: {error.strerror}") from None
     except subprocess.TimeoutExpired:
         raise KernelError(f"{command[0]} took more than {TIMEOUT_S} s") from None
     if result.returncode:

@@ -47,7 +47,8 @@ def library_of(tensor: torch.Tensor) -> KernelLibrary | None:
     if tensor.device.type == "cpu":
         return _cpu_library
     major, minor = torch.cuda.get_device_capability(tensor.device)
-    return for_gpu(f"sm_{major}{minor}")
+    with torch.cuda.device(tensor.device):
+        return for_gpu(f"sm_{major}{minor}", tensor.device.index)
 
 
 class KernelCall:
@@ -90,32 +91,44 @@ def _build_index(
     group_of_expert_N: torch.Tensor | None,
     num_groups: int,
 ) -> tuple[torch.Tensor, ...]:
+    given = expert_index_TK, num_experts, group_of_expert_N, num_groups
     library = library_of(expert_index_TK)
-    if library is not None:
-        call = KernelCall(library, expert_index_TK)
-        if expert_index_TK.dtype not in (torch.int32, torch.int64):
-            expert_index_TK = expert_index_TK.to(torch.int32)
-        num_tokens, top_k = expert_index_TK.shape
-        outputs = _fake_build_index(expert_index_TK, num_experts, group_of_expert_N, num_groups)
-        size = library.code("build_index_workspace", num_tokens * top_k, num_experts, num_groups)
-        workspace = torch.empty(size, dtype=torch.uint8, device=expert_index_TK.device)
-        code = call.code(
-            "build_index",
-            call.ready(expert_index_TK),
-            expert_index_TK.element_size(),
-            num_tokens,
-            top_k,
-            num_experts,
-            call.ready(group_of_expert_N, torch.int32),
-            num_groups,
-            call.ready(workspace),
-            *(output.data_ptr() for output in outputs),
-        )
-        if code == 0:
-            return outputs
-        if code != TOO_LARGE:
-            raise KernelError(f"kernel build_index failed ({code}): {library.message(code)}")
-    return plain_ops.build_index(expert_index_TK, num_experts, group_of_expert_N, num_groups)
+    built = None if library is None else _index_by_kernel(library, *given)
+    return plain_ops.build_index(*given) if built is None else built
+
+
+def _index_by_kernel(
+    library: KernelLibrary,
+    expert_index_TK: torch.Tensor,
+    num_experts: int,
+    group_of_expert_N: torch.Tensor | None,
+    num_groups: int,
+) -> tuple[torch.Tensor, ...] | None:
+    """None where there are more experts or choices than the kernel is made for."""
+    num_tokens, top_k = expert_index_TK.shape
+    size = library.code("build_index_workspace", num_tokens * top_k, num_experts, num_groups)
+    if size == TOO_LARGE:
+        return None
+    call = KernelCall(library, expert_index_TK)
+    if expert_index_TK.dtype not in (torch.int32, torch.int64):
+        expert_index_TK = expert_index_TK.to(torch.int32)
+    if group_of_expert_N is not None:  # what is no group must not become one in 32 bits
+        group_of_expert_N = group_of_expert_N.clamp(-1, num_groups)
+    outputs = _fake_build_index(expert_index_TK, num_experts, group_of_expert_N, num_groups)
+    workspace = torch.empty(size, dtype=torch.uint8, device=expert_index_TK.device)
+    call.run(
+        "build_index",
+        call.ready(expert_index_TK),
+        expert_index_TK.element_size(),
+        num_tokens,
+        top_k,
+        num_experts,
+        call.ready(group_of_expert_N, torch.int32),
+        num_groups,
+        call.ready(workspace),
+        *(output.data_ptr() for output in outputs),
+    )
+    return outputs
 
 
 def _copy_rows_(

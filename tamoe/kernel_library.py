@@ -1,9 +1,10 @@
 """The kernels' C interface, bound with ctypes: one library serves every Python and torch.
 
-A GPU's library is looked for in this order: the file that ``$TAMOE_KERNELS`` names, the one that a
-release carries in ``cuda/``, and what nvcc makes at the first use. That is kept in a cache, where
-nvcc's version is part of the key, so nvcc has to be there, too. ``TAMOE_KERNELS=off`` uses none.
-Where there is none, a warning says why and the plain PyTorch implementations run.
+A GPU's library is the file that ``$TAMOE_KERNELS`` names. Without that it is the one that a
+release carries in ``cuda/``, if it is of the sources beside it and has code for the GPU, else what
+nvcc makes at the first use. That is kept in a cache, where nvcc's version is part of the key, so
+nvcc has to be there, too. ``TAMOE_KERNELS=off`` uses none. Where there is none that runs on the
+GPU, a warning says why and the plain PyTorch implementations run.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ import functools
 import os
 import threading
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tamoe.kernel_build import build_cuda, source_folder
+from tamoe.kernel_build import build_cuda, source_folder, sources_digest
 from tamoe.topology.errors import KernelError
 
-ABI = 2
+ABI = 3
 TOO_LARGE = -2
 MAX_PEERS = 64
 HANDLE_BYTES = 64
@@ -29,8 +31,10 @@ RELEASED = "libtamoe.so"  # beside the sources, in a release's wheel
 _pointer, _int, _long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "abi": (_int, []),
+    "sources": (ctypes.c_char_p, []),
     "message": (ctypes.c_char_p, [_int]),
     "use_device": (_int, [_int]),
+    "ready": (_int, []),
     "shim_seed": (_int, [ctypes.c_uint64]),
     "build_index_workspace": (_long, [_long] * 3),
     "build_index": (
@@ -132,23 +136,48 @@ def load(path: Path) -> KernelLibrary:
 _lock = threading.Lock()
 
 
-def for_gpu(architecture: str) -> KernelLibrary | None:
-    """Library for a GPU's architecture, such as ``"sm_90"``, or None with a warning."""
+def for_gpu(architecture: str, device: int | None = None) -> KernelLibrary | None:
+    """Library for a GPU's architecture, such as ``"sm_90"``, or None with a warning.
+
+    With the number of a ``device``, which is the current one of this thread, also what does not run
+    there is refused.
+    """
     with _lock:
-        return _for_gpu(architecture, os.environ.get("TAMOE_KERNELS", ""))
+        return _for_gpu(architecture, device, os.environ.get("TAMOE_KERNELS", ""))
 
 
 @functools.cache
-def _for_gpu(architecture: str, chosen: str) -> KernelLibrary | None:
+def _for_gpu(architecture: str, device: int | None, chosen: str) -> KernelLibrary | None:
     if chosen == "off":
         return None
     released = source_folder() / RELEASED
-    try:
-        if chosen:
-            return load(Path(chosen))
-        return load(released if released.exists() else build_cuda([architecture]))
-    except KernelError as error:
-        warnings.warn(
-            f"tamoe's kernels are not used, plain PyTorch is: {error}", RuntimeWarning, stacklevel=2
-        )
-        return None
+    ways: list[Callable[[], KernelLibrary]] = [lambda: load(build_cuda([architecture]))]
+    if chosen:
+        ways = [lambda: load(Path(chosen))]
+    elif released.exists():
+        ways.insert(0, lambda: _of_these_sources(load(released)))
+    problems = []
+    for way in ways:
+        try:
+            return _running(way(), device)
+        except KernelError as error:
+            problems.append(str(error))
+    warnings.warn(
+        f"tamoe's kernels are not used, plain PyTorch is: {'; '.join(problems)}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return None
+
+
+def _of_these_sources(library: KernelLibrary) -> KernelLibrary:
+    if library.functions["sources"]().decode() != sources_digest():
+        raise KernelError(f"{library.path} was built from other sources than those beside it")
+    return library
+
+
+def _running(library: KernelLibrary, device: int | None) -> KernelLibrary:
+    if device is not None:
+        library.call("use_device", device)
+        library.call("ready")
+    return library

@@ -178,7 +178,8 @@ def combine(
     offset_S1
         ``[S + 1]`` integers that never fall, 0 to J.
     index_J
-        ``[J]`` integers, 0 to N - 1. For gradients of the rows, a row is a term at most once.
+        ``[J]`` integers, 0 to N - 1. For gradients of the rows, not of the weights, a row is a term
+        at most once.
     weight_J
         ``[J]`` of a floating dtype, or None for plain sums.
 

@@ -6,6 +6,7 @@ share a GPU; on the CPU a file in memory that all processes map, which serves th
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -23,6 +24,8 @@ from tamoe.topology.errors import KernelError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+_BLOCK_BYTES = 2 * 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,8 +132,10 @@ def _by_handles(
     library.call("use_device", torch.cuda.current_device())
     address, handle = ctypes.c_void_p(), ctypes.create_string_buffer(HANDLE_BYTES)
     problem: str | None = None
+    # Whole blocks: CUDA puts small ones together, and a handle shows its peers all that is there.
+    size_bytes = max(-(-num_bytes // _BLOCK_BYTES), 1) * _BLOCK_BYTES
     try:
-        library.call("share_memory", max(num_bytes, 1), ctypes.byref(address), handle)
+        library.call("share_memory", size_bytes, ctypes.byref(address), handle)
     except KernelError as error:
         problem = str(error)
     if problems := _told_all(problem, group):
@@ -152,7 +157,7 @@ def _by_handles(
         addresses.append(at.value or 0)
     problems = _told_all(problem, group)
     if problems:
-        _unmap(library, mapped)
+        _unmap(library, mapped, device)
         other, text = problems[0]
         raise KernelError(
             f"rank {other} cannot map its peers' GPU memory: {text}. The ranks of a node need peer "
@@ -160,10 +165,16 @@ def _by_handles(
         )
     own = torch.as_tensor(_Bytes(addresses[rank], num_bytes), device=device)
     memory = PeerMemory(own, tuple(addresses), rank, mapped)
-    weakref.finalize(memory, _unmap, library, mapped)
+    weakref.finalize(memory, _unmap, library, mapped, device)
     return memory
 
 
-def _unmap(library: KernelLibrary, mapped: list[ctypes.c_void_p]) -> None:
-    for address in mapped:
-        library.code("unmap_memory", address)
+def _unmap(library: KernelLibrary, mapped: list[ctypes.c_void_p], device: torch.device) -> None:
+    with torch.cuda.device(device):
+        with contextlib.suppress(
+            RuntimeError
+        ):  # where a kernel failed before, nothing is under way
+            torch.cuda.synchronize()
+        library.code("use_device", torch.cuda.current_device())
+        for address in mapped:
+            library.code("unmap_memory", address)

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 class PeerStore:
     """Receive buffers of the ranks of one node, and the exchange that fills them.
 
-    On a GPU the buffers stay until the process ends, so make one and keep it.
+    On a GPU the buffers stay until the process ends, so make one and keep it. Exchanges follow each
+    other on the device, whatever their streams, and cannot be captured in a CUDA graph: each has a
+    number of its own.
 
     Parameters
     ----------
@@ -37,7 +39,7 @@ class PeerStore:
     width, dtype, device
         D and what the rows are.
     timeout_s
-        How long the device waits for a peer, > 0.
+        How long the device waits for its peers in an exchange, > 0.
 
     Raises
     ------
@@ -83,6 +85,7 @@ class PeerStore:
         self.buffer_RD = own.view(dtype).view(self.capacity_rows, self.width)
         self._status = torch.zeros(1, dtype=torch.int64, device=device)
         self._epoch = 0
+        self._last: torch.cuda.Event | None = None  # behind the last exchange; None on the CPU
 
     def exchange(
         self,
@@ -97,7 +100,8 @@ class PeerStore:
         row_ND
             Rows, ``[N, D]``.
         send_count_P
-            ``[P]`` int64 on the device: rows for each rank.
+            ``[P]`` int64 on the device: rows for each rank, >= 0, in all at most as many as there
+            are to send.
         source_n
             Row of each one to send, sorted by the rank that it goes to; None is 0, 1, 2 … Entries
             behind the sum of the counts are not read.
@@ -113,8 +117,15 @@ class PeerStore:
         InputError
             A shape, dtype or device is not allowed. What went wrong on the device,
             :meth:`check` tells.
+        KernelError
+            A CUDA graph is being captured.
         """
         self._refuse(row_ND, send_count_P, source_n)
+        if row_ND.is_cuda:
+            if torch.cuda.is_current_stream_capturing():
+                raise KernelError("peer stores cannot be captured in a CUDA graph")
+            if self._last is not None:
+                torch.cuda.current_stream(row_ND.device).wait_event(self._last)
         self._epoch += 1
         received_count_P = torch.empty_like(send_count_P)
         call = KernelCall(self._library, row_ND)
@@ -136,6 +147,8 @@ class PeerStore:
             self._status.data_ptr(),
             self._timeout_ns,
         )
+        if row_ND.is_cuda:
+            self._last = torch.cuda.current_stream(row_ND.device).record_event()
         return received_count_P
 
     def check(self) -> None:
@@ -146,8 +159,11 @@ class PeerStore:
         RankTimeoutError
             A rank did not answer in time; ``rank`` is its number in the group.
         InputError
-            A rank would receive more rows than its buffer holds.
+            A rank would receive more rows than its buffer holds, or gave counts that are not
+            allowed.
         """
+        if self._last is not None:
+            self._last.synchronize()  # it may be on another stream than this one
         status = int(self._status)
         if status > 0:
             seconds = self._timeout_ns / 1e9
@@ -155,6 +171,11 @@ class PeerStore:
                 f"rank {status - 1} of the node did not answer rank {self.rank} within "
                 f"{seconds:g} s in exchange {self._epoch} of peer stores",
                 rank=status - 1,
+            )
+        if status < -MAX_PEERS:
+            raise InputError(
+                f"send_count_P of rank {-status - 1 - MAX_PEERS} of the node is below 0 or more "
+                f"than its rows to send; allowed: >= 0, in all at most as many as there are"
             )
         if status < 0:
             raise InputError(

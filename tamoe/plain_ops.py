@@ -12,6 +12,7 @@ import torch
 
 from tamoe.pieces import pieces, rows_of_piece
 from tamoe.precision import accumulation_dtype
+from tamoe.topology.errors import InputError
 
 
 def build_index(
@@ -32,8 +33,14 @@ def build_index(
     choice[num_kept:] = -1
     if group_of_expert_N is None:
         return choice, count_N, refused, *(key.new_empty(0) for _ in range(3))
+    group_N = group_of_expert_N.to(torch.int64)
+    if bool(((group_N < 0) | (group_N >= num_groups)).any()):
+        raise InputError(
+            f"group_of_expert_N holds {int(group_N.min())} to {int(group_N.max())}; allowed: 0 to "
+            f"{num_groups - 1}"
+        )
     # One more group holds what was dropped, and is cut off at the end.
-    group_N1 = torch.cat([group_of_expert_N.to(torch.int64), key.new_tensor([num_groups])])
+    group_N1 = torch.cat([group_N, key.new_tensor([num_groups])])
     token = torch.arange(num_tokens, device=key.device).repeat_interleave(top_k)
     touched_GT = torch.zeros(num_groups + 1, num_tokens, dtype=torch.bool, device=key.device)
     touched_GT[group_N1[key], token] = True
@@ -184,7 +191,7 @@ def combine_backward(
     """Gradients of the rows, 0 for those in no sum, and of the weights (empty without).
 
     Rows are taken in their own order, each with the sum that it is a term of: reads and writes
-    are then in order too.
+    are then in order too. Of a row that is several terms, the last one's gradient stays.
     """
     wide, device = accumulation_dtype(grad_SD.dtype), grad_SD.device
     num_rows, offset_S1 = len(row_nD), offset_S1.to(torch.int64)
@@ -195,7 +202,6 @@ def combine_backward(
     )
     sum_n = torch.full((num_rows,), -1, device=device).index_copy_(0, index_j, sum_j)
     grad_row_nD = row_nD.new_empty(row_nD.shape)  # contiguous, whatever the rows are
-    unused_n = sum_n < 0
     if weight_J is None:
         copy_rows_(grad_row_nD, grad_SD, sum_n, None)
         return grad_row_nD, grad_SD.new_empty(0, dtype=wide)
@@ -209,7 +215,16 @@ def combine_backward(
         grad_mD = grad_SD.index_select(0, sum_n[part].clamp_min(0)).to(wide)
         grad_weight_n[part] = (grad_mD * row_nD[part]).sum(1)
         grad_row_nD[part] = grad_mD.mul_(weight_n[part].unsqueeze(1))
-    if bool(unused_n.any()):
+    unused_n = sum_n < 0
+    num_unused = int(unused_n.sum())
+    if num_unused:
         grad_row_nD[unused_n] = 0
-    grad_weight_J[first:end] = grad_weight_n[index_j]
+    if num_rows - num_unused == end - first:
+        grad_weight_J[first:end] = grad_weight_n[index_j]
+    else:
+        size = rows_of_piece(len(index_j), row_nD.shape[1], device)
+        parts = [part_j.split(size) for part_j in (grad_weight_J[first:end], sum_j, index_j)]
+        for out_j, sum_of_j, row_of_j in zip(*parts, strict=True):
+            grad_mD = grad_SD.index_select(0, sum_of_j).to(wide)
+            out_j.copy_((grad_mD * row_nD.index_select(0, row_of_j)).sum(1))
     return grad_row_nD, grad_weight_J

@@ -49,7 +49,7 @@ FINISH = (
     SYNC
     + """    if (thread == 0) {
         __threadfence_system();
-        auto* finished = reinterpret_cast<unsigned long long*>(peers.words(peers.me));
+        auto* finished = reinterpret_cast<unsigned long long*>(peers.finished());
         last = atomicAdd(finished, 1ull) == gridDim.x - 1;
         if (last) *finished = 0;
         __threadfence_system();

@@ -24,6 +24,7 @@ from tamoe.kernel_build import (
     check_architectures,
     find_nvcc,
     nvcc_version,
+    sources_digest,
 )
 from tamoe.kernel_check import KernelFacts, problems
 from tamoe.kernel_library import for_gpu, load
@@ -117,6 +118,25 @@ def test_a_cache_that_cannot_be_written_gives_way_to_a_private_folder(tmp_path, 
         cache_folder()
 
 
+def test_a_folder_that_knows_no_locks(tmp_path):
+    with (
+        pytest.raises(KernelError, match=r"cannot lock .*; set TAMOE_CACHE_DIR to another folder"),
+        kernel_build._locked(tmp_path),  # a folder in place of a file
+    ):
+        pass
+
+
+def test_a_user_without_a_home_gets_a_private_folder(tmp_path, monkeypatch):
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("TAMOE_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert cache_folder() == tmp_path / f"tamoe-{os.getuid()}"
+
+
 # ---- nvcc ----------------------------------------------------------------------------------------
 
 
@@ -139,6 +159,31 @@ def test_an_nvcc_that_will_not_do(tmp_path, monkeypatch, text, message):
     with pytest.raises(KernelError, match=message):
         build_cuda(["sm_90"])
     assert nvcc_version(program(tmp_path / "new", "echo release 12.8,")) == (12, 8)
+
+
+def test_a_compiler_that_is_no_program(tmp_path, monkeypatch):
+    file = tmp_path / "nvcc"
+    file.write_bytes(b"\x00\x01 of another processor")
+    file.chmod(0o755)
+    monkeypatch.setenv("CUDACXX", str(file))
+    with pytest.raises(KernelError, match=r"nvcc cannot be run: Exec format error"):
+        build_cuda(["sm_90"])
+
+
+def test_flags_that_nvcc_takes_from_the_environment_have_builds_of_their_own(
+    tmp_path, cache, monkeypatch
+):
+    make = 'while [ "$1" != -o ]; do shift; done; echo x > "$2"'
+    text = f'case "$1" in --version) echo release 12.8,;; --list*) echo sm_90;; *) {make};; esac'
+    monkeypatch.setenv("CUDACXX", program(tmp_path / "nvcc", text))
+    monkeypatch.delenv("NVCC_PREPEND_FLAGS", raising=False)
+    built = set()
+    for flags in ("", "-use_fast_math", "-G"):
+        monkeypatch.setenv("NVCC_APPEND_FLAGS", flags)
+        built.add(build_cuda(["sm_90"]))
+    assert len(built) == 3
+    monkeypatch.delenv("NVCC_APPEND_FLAGS")
+    assert build_cuda(["sm_90"]) in built
 
 
 def test_architectures_that_are_refused(tmp_path):
@@ -165,7 +210,7 @@ def test_libraries_that_are_refused(tmp_path, monkeypatch):
         load(build_shim(folder=one_unit(tmp_path / "sources")))
     path = shim().path
     monkeypatch.setattr(kernel_library, "ABI", 99)
-    with pytest.raises(KernelError, match="has interface 2; allowed: 99"):
+    with pytest.raises(KernelError, match="has interface 3; allowed: 99"):
         load(path)
 
 
@@ -181,6 +226,27 @@ def test_which_library_a_gpu_gets(monkeypatch):
     monkeypatch.setenv("TAMOE_KERNELS", "/missing.so")
     with pytest.warns(RuntimeWarning, match=r"cannot load the kernels from /missing.so"):
         assert for_gpu("sm_80") is None
+
+
+@needs_gxx
+def test_a_library_that_does_not_run_on_the_gpu_is_not_used(monkeypatch):
+    monkeypatch.setenv("TAMOE_KERNELS", str(shim().path))
+    with pytest.warns(RuntimeWarning, match=r"plain PyTorch is: kernel use_device failed \(-1\)"):
+        assert for_gpu("sm_86", 3) is None  # the CPU's library knows device 0 alone
+    assert for_gpu("sm_86", 0).path == shim().path
+
+
+@needs_gxx
+def test_a_releases_library_is_used_if_it_is_of_its_sources(monkeypatch):
+    path = shim().path
+    monkeypatch.delenv("TAMOE_KERNELS", raising=False)
+    monkeypatch.setattr(kernel_library, "RELEASED", str(path))
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    other = r"was built from other sources than those beside it; nvcc was not found"
+    with pytest.warns(RuntimeWarning, match=other):
+        assert for_gpu("sm_89") is None
+    monkeypatch.setattr(kernel_library, "sources_digest", lambda: "")  # as the CPU's says
+    assert for_gpu("sm_100").path == path
 
 
 @needs_gxx
@@ -249,6 +315,7 @@ def test_a_library_for_gpus_loads_without_one(tmp_path, capsys):
     built = json.loads(out)
     assert built["files"] == [{"path": str(file), "bytes": file.stat().st_size}]
     library = load(file)
+    assert library.functions["sources"]().decode() == sources_digest()
     assert library.message(35) == "CUDA driver version is insufficient for CUDA runtime version"
     if not torch.cuda.is_available():
         with pytest.raises(KernelError, match=r"kernel use_device failed \(\d+\): CUDA|no CUDA"):

@@ -215,6 +215,20 @@ def test_backward_kernel_is_the_plain_one(case, seed):
         assert bool(((grad_weight - plain_weight).abs() <= tolerance * size).all())
 
 
+@pytest.mark.parametrize("native", [False, pytest.param(True, marks=needs_gxx)])
+@pytest.mark.parametrize("length", [2, 300])  # beyond a piece
+def test_weights_of_a_row_in_several_sums_have_gradients_of_their_own(native, length):
+    row_nD = torch.randn(5, 1024, dtype=torch.float64)
+    index_J = torch.randint(0, 5, (4 * length,))
+    offset_S1 = torch.arange(0, 4 * length + 1, length)
+    weight_J = torch.rand(4 * length, dtype=torch.float64, requires_grad=True)
+    grad_SD = torch.randn(4, 1024, dtype=torch.float64)
+    with on_shim() if native else torch.enable_grad():
+        ops.combine(row_nD, offset_S1, index_J, weight_J).backward(grad_SD)
+    expected_J = (grad_SD.repeat_interleave(length, 0) * row_nD[index_J]).sum(1)
+    torch.testing.assert_close(weight_J.grad, expected_J, rtol=1e-12, atol=1e-12)
+
+
 @needs_gxx
 @pytest.mark.parametrize("dtype", ops.ROW_DTYPES)
 def test_unaligned_rows_give_the_same_sums(dtype):
@@ -327,6 +341,8 @@ def back(grad_SD: torch.Tensor, row_nD: torch.Tensor, weight: torch.Tensor | Non
         (lambda: ops.build_index(INDEX[None], 0), "num_experts is 0; allowed: 1 to"),
         (lambda: ops.build_index(INDEX[None], 3, INDEX, 2), r"shape \(2,\); allowed: \[3\]"),
         (lambda: ops.build_index(INDEX[None], 3, None, 2), "num_groups, .*, is 2; allowed: 0"),
+        (lambda: ops.build_index(INDEX[None], 2, INDEX + 1, 2), "holds 1 to 2; allowed: 0 to 1"),
+        (lambda: ops.build_index(INDEX[None], 2, -INDEX, 2), "holds -1 to 0; allowed: 0 to 1"),
         (lambda: ops.copy_rows_(ROWS.t(), ROWS.t()), r"strides \(1, 4\); allowed: a contiguous"),
         (lambda: ops.copy_rows_(ROWS, ROWS[:, :3]), r"\(3, 4\) and \(3, 3\); allowed: \[M, D\]"),
         (lambda: ops.copy_rows_(ROWS, ROWS.half()), "torch.float16; allowed: that of out_MD"),
@@ -362,7 +378,9 @@ def test_kernels_stop_at_an_index_out_of_range(value):
             lambda: ops.combine(ROWS, torch.tensor([0, 2]), index),
             lambda: ops.combine(ROWS, torch.tensor([0, value]), INDEX),
             lambda: ops.combine_backward(ROWS[:1], ROWS, torch.tensor([0, 2]), index),
-            lambda: ops.build_index(INDEX[None], 2, torch.tensor([0, value % 7]), 2),
+            lambda: ops.build_index(INDEX[None], 2, torch.tensor([0, value]), 2),
+            lambda: ops.build_index(INDEX[None], 2, torch.tensor([-value, 1]), 2),
+            lambda: ops.build_index(INDEX[None], 2, torch.tensor([0, 2**32]), 2),  # 0 in 32 bits
         ):
             with pytest.raises(KernelError, match=r"thread .* (out of range|beyond the terms)"):
                 call()

@@ -151,6 +151,60 @@ def test_a_buffer_that_is_too_small_is_named_by_every_rank():
         )
 
 
+def counts_that_are_not_allowed(rank: int, wrong: list[int]) -> str:
+    with on_shim():
+        store = PeerStore(None, capacity_rows=8, width=4, dtype=torch.float32, timeout_s=30)
+        guard = store.buffer_RD.clone().fill_(7)
+        store.buffer_RD.copy_(guard)
+        row_ND = torch.arange(12.0).view(3, 4) + rank
+        received = store.exchange(row_ND, torch.tensor(wrong if rank == 1 else [1, 2]))
+        with pytest.raises(InputError) as caught:
+            store.check()
+        assert torch.equal(store.buffer_RD, guard)
+        assert received[1] == 0
+        dist.barrier()
+        received = store.exchange(row_ND, torch.tensor([2, 1]))  # goes on as if nothing had been
+        store.check()
+        assert received.tolist() == [[2, 2], [1, 1]][rank]
+        assert torch.equal(store.buffer_RD[: received[0]], row_ND[2 * rank :][: received[0]] - rank)
+        return str(caught.value)
+
+
+@pytest.mark.parametrize("wrong", [[4, 0], [2, 2], [-5, 2], [3, 2**62]])
+def test_counts_that_are_not_allowed_store_nothing_anywhere(wrong):
+    shim()
+    for message in run_ranks(2, counts_that_are_not_allowed, wrong):
+        assert message == (
+            "send_count_P of rank 1 of the node is below 0 or more than its rows to send; allowed: "
+            ">= 0, in all at most as many as there are"
+        )
+
+
+def one_timeout_for_all_blocks(rank: int, timeout_s: float) -> float:
+    """Seconds that an exchange of several blocks waits for a rank that does not come."""
+    rows = 3 * 8 * 2  # of each block's warps
+    with on_shim():
+        store = PeerStore(
+            None, capacity_rows=rows, width=1, dtype=torch.float32, timeout_s=timeout_s
+        )
+        began_s = time.monotonic()
+        if rank == 0:
+            store.exchange(torch.zeros(rows, 1), torch.tensor([rows, 0]))
+            with pytest.raises(RankTimeoutError):
+                store.check()
+        waited_s = time.monotonic() - began_s
+        dist.barrier()
+        return waited_s
+
+
+def test_an_exchange_has_one_timeout_however_many_blocks_it_has():
+    shim()
+    timeout_s = 3.0
+    # With a timeout of each block's own, three blocks and the last wait would take four of them.
+    waited_s = run_ranks(2, one_timeout_for_all_blocks, timeout_s)[0]
+    assert timeout_s * 0.99 <= waited_s < 3 * timeout_s
+
+
 def unequal_buffers(rank: int) -> str:
     with on_shim(), pytest.raises(InputError) as caught:
         PeerStore(None, capacity_rows=3 + rank, width=2, dtype=torch.float32)
