@@ -18,7 +18,7 @@ import numpy as np
 from tamoe.solver.constants import Constants, constants_of, read_constants
 from tamoe.solver.exchange_rows import ALL_WAYS, EXCHANGES, Exchange, Rows, Way
 from tamoe.solver.flows import Flows, Step, run_steps, run_steps_together
-from tamoe.solver.parts import turns
+from tamoe.solver.parts import inside_slice_bytes, turns
 from tamoe.topology.errors import InputError
 from tamoe.topology.graph import Topology
 
@@ -225,11 +225,13 @@ def _relayed_steps(
     inside = [
         _between(local, inside_pp * share, rows.ranks, lambda step: step == 0) for share in parts
     ]
+    slices_sp = _slices_inside(local, inside_pp, parts)
 
     def beside(part: int | None) -> tuple[np.ndarray, list[Flows]]:
         if part is None:
             return np.zeros(len(rows.ranks)), [()] * len(rows.ranks)
-        return inside_sp * parts[part] + work.messages_s(inside[part]), inside[part]
+        messages_sp = slices_sp[part] * work.messages_s(inside[part])
+        return inside_sp * parts[part] + messages_sp, inside[part]
 
     def add(flows: Sequence[Flows], part: int | None, ahead: tuple[int, int] = (0, 0)) -> None:
         work_sp, near = beside(part)
@@ -272,6 +274,20 @@ def _relayed_steps(
     elif rows.told and weights:
         add(weights, None)
     return steps_p
+
+
+def _slices_inside(
+    local: Topology, inside_pp: np.ndarray, parts: Sequence[float]
+) -> list[np.ndarray]:
+    """Of each part, slices in which each rank's rows move inside its node, ``[p]``."""
+    most_p = np.maximum(inside_pp.sum(0), inside_pp.sum(1))
+    slices_sp = [np.ones(len(most_p)) for _ in parts]
+    for places in map(list, local.nodes):
+        most = float(most_p[places].max())
+        slice_bytes = inside_slice_bytes(max(parts) * most)
+        for slices_p, share in zip(slices_sp, parts, strict=True):
+            slices_p[places] = max(np.ceil(share * most / slice_bytes), 1)
+    return slices_sp
 
 
 def _rounds(local: Topology, bytes_pp: np.ndarray, ranks: Sequence[int]) -> list[list[Flows]]:

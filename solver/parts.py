@@ -9,6 +9,10 @@ MOST_PARTS = 6
 # with 4 of them, rows that are packed and under way take a quarter of those sent.
 SLICE_BYTES = 2**21
 MOST_SLICES = 4
+# Rows inside a node go through shared memory some at a time: at most so many that they stay in a
+# cache, about a third of all, so that they take little memory, and enough to hide the message that
+# goes with them. Halves of outboxes, which are powers of two, hold just so many.
+LEAST_INSIDE_BYTES, MOST_INSIDE_BYTES = 2**19, 2**21
 
 
 def num_parts(rank_bytes: float) -> int:
@@ -27,6 +31,16 @@ def slices_for(num_bytes: float) -> int:
     (1, 2, 4)
     """
     return int(min(max(num_bytes // SLICE_BYTES, 1), MOST_SLICES))
+
+
+def inside_slice_bytes(largest_bytes: float) -> int:
+    """Bytes of a slice inside a node, a power of two, where a rank has so many of the largest part.
+
+    >>> inside_slice_bytes(0), inside_slice_bytes(2**21), inside_slice_bytes(2**30)
+    (524288, 1048576, 2097152)
+    """
+    third = 1 << (int(largest_bytes) // 4).bit_length()  # from a quarter to a half
+    return min(max(third, LEAST_INSIDE_BYTES), MOST_INSIDE_BYTES)
 
 
 def part_shares(num_parts: int) -> list[float]:

@@ -86,7 +86,8 @@ class Exchange:
         different numbers of experts or none. None: what the Plan was solved for
         (``Workload(placement=...)``), else equally many on each rank, in rank order.
     timeout_s
-        Seconds, > 0, that each wait for others takes at most; None: the group's timeout.
+        Seconds, > 0, that each wait for others takes at most; None: the group's timeout. On NCCL
+        always the group's, whose watchdog ends the process: there the device waits, not the host.
 
     Raises
     ------
@@ -282,6 +283,7 @@ class Exchange:
             received_counts_PE=tuple(tuple(counts[:num_local]) for counts in received_PE),
             route=route,
             weight=weight,
+            anchor_0D=row_RD[:0].clone(),
         )
         return row_RD, handle
 
@@ -324,7 +326,7 @@ class Exchange:
             raise InputError(problem)
         note_counts(list(handle.sent_counts_N))
         row_RD, weight = handle.route.dispatch(x_TD)
-        return row_RD, replace(handle, weight=weight)
+        return row_RD, replace(handle, weight=weight, anchor_0D=row_RD[:0].clone())
 
     def combine(self, row_RD: torch.Tensor, handle: Handle) -> torch.Tensor:
         """Return the experts' outputs to their tokens and add them up with their weights.
@@ -333,6 +335,7 @@ class Exchange:
         ----------
         row_RD
             ``[R, D]``, outputs in the order in which dispatch gave the inputs, in the same dtype.
+            Where they need no gradients and the inputs did, those get zeros.
         handle
             From that dispatch.
 
@@ -352,7 +355,7 @@ class Exchange:
                 f"row_RD is {row_RD.dtype} of shape {tuple(row_RD.shape)}; allowed: {handle.dtype} "
                 f"of shape {expected}, as dispatched. Experts must keep shape and dtype"
             )
-        return handle.route.combine(row_RD, handle.weight)
+        return handle.route.combine(handle.anchored(row_RD), handle.weight)
 
     # ---- what ranks agree on ------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from tamoe.first_order import first_order
 from tamoe.host_table import table_on
 from tamoe.ops import copy_rows_, gather_rows
 from tamoe.precision import dot, weigh
@@ -261,7 +262,7 @@ class _Combine(torch.autograd.Function):
         return add_up(row_nD, route.sum_plan, weight_n)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
         grad_weight_n = weight_n = None
         if ctx.weighted:

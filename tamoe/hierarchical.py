@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from tamoe.first_order import first_order
 from tamoe.ops import copy_rows_
 from tamoe.pipeline import run_in_turns
 from tamoe.precision import dot, weigh
@@ -200,7 +201,11 @@ class RelayRoute:
 
     def _run(self, parts: list[Iterator[Waiting | None]]) -> None:
         num_hops, num_rounds = self.parts[0].relays.num_levels, len(self.mover.nodes) - 1
-        run_in_turns(parts, num_hops, num_rounds, self._start_weights)
+        try:
+            run_in_turns(parts, num_hops, num_rounds, self._start_weights)
+        except BaseException:
+            self.mover.leave_node()
+            raise
 
     def _start_weights(self) -> None:
         if self.weights is not None:
@@ -299,7 +304,7 @@ class _Combine(torch.autograd.Function):
         return route.send_back(row_RD.contiguous(), weight_R, "combine")
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
         grad_RD = ctx.route.send(grad_TD.contiguous(), "combine_backward")
         if not ctx.weighted:

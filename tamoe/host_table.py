@@ -19,7 +19,7 @@ def table_on(device: torch.device, values: Sequence[Any]) -> torch.Tensor:
     >>> table_on(torch.device("cpu"), [[0, 1], [2, 3]]).tolist()
     [[0, 1], [2, 3]]
     """
-    table = torch.tensor(values, dtype=torch.int64)
+    table = torch.tensor(values, dtype=torch.int64, device="cpu")  # whatever the default is
     if device.type == "cuda":
         table = table.pin_memory()
     return table.to(device, non_blocking=True)

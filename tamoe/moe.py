@@ -134,7 +134,7 @@ class MoE(nn.Module):
                 f"experts has {len(experts)} modules; allowed: {len(self.expert_numbers)}, one "
                 f"for each expert of this rank"
             )
-        seed = int(torch.randint(2**40, ()))
+        seed = int(torch.randint(2**40, (), device="cpu"))
         made: list[nn.Module] = []
         with torch.random.fork_rng():
             for index, number in enumerate(self.expert_numbers):
@@ -181,7 +181,7 @@ class MoE(nn.Module):
 
     def _run_experts(self, row_RD: torch.Tensor, counts_E: tuple[int, ...]) -> torch.Tensor:
         if not isinstance(self.experts, nn.ModuleList):
-            out_RD: torch.Tensor = self.experts(row_RD, torch.tensor(counts_E))
+            out_RD: torch.Tensor = self.experts(row_RD, torch.tensor(counts_E, device="cpu"))
             return out_RD
         # Experts without rows run too: their gradients are then 0 and not None, on every rank.
         rows = zip(self.experts, row_RD.split(counts_E), strict=True)

@@ -197,7 +197,10 @@ def _told(
     group: dist.ProcessGroup, tell: Mapping[int, bytes], patience: Patience, where: str
 ) -> dict[int, bytes]:
     """Swap messages of one size through the process group."""
-    given = {peer: torch.tensor(list(message), dtype=torch.uint8) for peer, message in tell.items()}
+    given = {
+        peer: torch.tensor(list(message), dtype=torch.uint8, device="cpu")
+        for peer, message in tell.items()
+    }
     heard = {peer: torch.empty_like(message) for peer, message in given.items()}
     works: list[tuple[dist.Work, tuple[int, ...]]] = []
     for peer in tell:

@@ -37,7 +37,7 @@ class NodeMemory:
         self._group_of, self._rank = ref(group), rank  # no cycle: the group keeps this alive
         self._peers, self._channel = [peer for peer in near if peer != rank], channel
         self._file = -1
-        self._own = torch.empty(0, dtype=torch.uint8)
+        self._own = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._begin = 0  # of the half that is written now
         self._files: dict[int, int] = {}
         self._theirs: dict[int, torch.Tensor] = {}
@@ -85,6 +85,10 @@ class NodeMemory:
                 os.unlink(path)  # whoever opened it keeps it; nothing is left behind
         return memory if works and all(answer[0] for answer in said.values()) else None
 
+    def close(self) -> None:
+        """Let no swap follow: peers that wait for this rank hear of it, and later swaps fail."""
+        self._channel.close()
+
     @property
     def num_bytes(self) -> int:
         """Size of this rank's outbox."""
@@ -95,7 +99,7 @@ class NodeMemory:
         num_bytes = num_rows * width * dtype.itemsize
         half_ends = len(self._own) if self._begin else len(self._own) // 2
         if self._begin + num_bytes > half_ends and not self._grown(num_bytes):
-            return torch.empty(num_rows, width, dtype=dtype)
+            return torch.empty(num_rows, width, dtype=dtype, device="cpu")
         room = self._own[self._begin : self._begin + num_bytes]
         return room.view(dtype).view(num_rows, width)
 

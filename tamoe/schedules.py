@@ -22,15 +22,12 @@ import torch.distributed as dist
 from tamoe.groups import works_by_gloo
 from tamoe.node_memory import NodeMemory, node_memory
 from tamoe.record import Phase, note_bytes, recording, timed
+from tamoe.solver.parts import inside_slice_bytes
 from tamoe.transfer import Round, Transfer, Waiting
 from tamoe.waiting import Patience
 
 Schedule = Literal["single", "rounds"]
 Nodes = tuple[tuple[int, ...], ...]
-# Rows inside a node go through shared memory some at a time: at most so many that they stay in a
-# cache, about a third of all, so that they take little memory, and enough to hide the message that
-# goes with them. Halves of outboxes, which are powers of two, hold just so many.
-LEAST_SLICE_BYTES, MOST_SLICE_BYTES = 2**19, 2**21
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +129,7 @@ class Mover:
         memory = self._memory if row_nD.device.type == "cpu" else None
         row_bytes = row_nD.shape[1] * row_nD.element_size()
         # Each slice may have a row more for every rank, where rows do not divide.
-        rows_each = _slice_bytes(largest_rows * row_bytes) // max(row_bytes, 1) - len(near)
+        rows_each = inside_slice_bytes(largest_rows * row_bytes) // max(row_bytes, 1) - len(near)
         rows_each = max(rows_each, len(near))
         num_slices = 1 if memory is None else max(1, -(-most_rows // rows_each))
         index_P = index_m.split(sends)
@@ -174,6 +171,12 @@ class Mover:
         if not works_by_gloo(self.group):
             return None
         return node_memory(self.group, self.rank, sorted(self._near), self.patience)
+
+    def leave_node(self) -> None:
+        """End this rank's part in its node: peers that wait for rows of it hear so at once."""
+        memory: NodeMemory | None = vars(self).get("_memory")  # asking for it would connect
+        if memory is not None:
+            memory.close()
 
     @contextmanager
     def recorded(
@@ -233,16 +236,6 @@ class Mover:
             transfer.keep()
             wait_inside()
             return transfer.received_RD
-
-
-def _slice_bytes(num_bytes: int) -> int:
-    """Bytes of a slice of so many inside a node, a power of two.
-
-    >>> _slice_bytes(0), _slice_bytes(2**21), _slice_bytes(2**30)
-    (524288, 1048576, 2097152)
-    """
-    third = 1 << (num_bytes // 4).bit_length()  # from a quarter to a half
-    return min(max(third, LEAST_SLICE_BYTES), MOST_SLICE_BYTES)
 
 
 def _slices(counts: Sequence[int], number: int, num_slices: int) -> list[slice]:

@@ -73,9 +73,10 @@ class Transfer:
             self._sent_nD = self._sent_nD.cpu()
             self._incoming = torch.empty_like(received_RD, device="cpu").split(self._splits[1])
         self._outgoing = self._sent_nD.split(self._splits[0])
+        self._by_host = self._sent_nD.device.type == "cpu"
         # Elsewhere a queue serves what was started first, and rows that one takes before it sends
         # its own would wait for rows that wait behind them.
-        self._takes_ahead = self._sent_nD.device.type == "cpu" and works_by_gloo(group)
+        self._takes_ahead = self._by_host and works_by_gloo(group)
         self._arriving: list[Waiting] = []
 
     def start_at_once(self) -> Waiting:
@@ -98,7 +99,7 @@ class Transfer:
                 group=self._group,
                 async_op=True,
             )
-        return lambda: self._patience.wait([(work, peers)], where)
+        return lambda: self._patience.wait([(work, peers)], where, by_host=self._by_host)
 
     def start(self, number: int) -> Waiting:
         """Start a round; returns a function that waits for it. Each is begun and ended in order.
@@ -165,7 +166,7 @@ class Transfer:
         started = list(zip(works, peers_of, strict=True))
 
         def wait() -> None:
-            self._patience.wait(started, where)
+            self._patience.wait(started, where, by_host=self._by_host)
             if self._incoming is not self._wanted:
                 for peer in step.sources:
                     self._wanted[peer].copy_(self._incoming[peer])

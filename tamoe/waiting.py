@@ -38,8 +38,17 @@ class Patience:
     what: str
     timeout_s: float | None = None
 
-    def wait(self, works: Iterable[tuple[dist.Work, tuple[int, ...]]], where: str) -> None:
+    def wait(
+        self,
+        works: Iterable[tuple[dist.Work, tuple[int, ...]]],
+        where: str,
+        *,
+        by_host: bool = True,
+    ) -> None:
         """Wait for transfers, each with the ranks that take part.
+
+        Where the device waits and not the host, which returns at once, the group's timeout holds:
+        with another one the host would wait, too.
 
         Raises
         ------
@@ -48,7 +57,7 @@ class Patience:
         """
         for work, peers in works:
             with self.trying(peers, where):
-                if self.timeout_s is None:
+                if self.timeout_s is None or not by_host:
                     work.wait()
                 else:
                     work.wait(timedelta(seconds=self.timeout_s))

@@ -55,7 +55,7 @@ class WordSwap:
         self._node = next(number for number, ranks in enumerate(nodes) if self._rank in ranks)
         self._near = self._nodes[self._node]
         channel = node_channel(group, self._rank, self._near, patience)
-        works = torch.tensor([channel is not None], dtype=torch.int32)
+        works = torch.tensor([channel is not None], dtype=torch.int32, device="cpu")
         where = "sockets of the nodes"
         with patience.trying(self._others, where):
             work = dist.all_reduce(works, dist.ReduceOp.MIN, group=group, async_op=True)
@@ -75,7 +75,7 @@ class WordSwap:
         answer_PW = torch.empty_like(message_PW)
         with patience.trying(self._others, where):
             work = dist.all_to_all_single(answer_PW, message_PW, group=group, async_op=True)
-        patience.wait([(work, self._others)], where)
+        patience.wait([(work, self._others)], where, by_host=message_PW.device.type == "cpu")
         return answer_PW.to(device)
 
     def _talks_to(self, rank: int) -> list[int]:
@@ -141,7 +141,7 @@ class WordSwap:
             sent = torch.from_numpy(
                 np.ascontiguousarray(collected_ptW[:, begin : begin + len(ranks)])
             )
-            received = torch.empty(len(ranks), size, width, dtype=sent.dtype)
+            received = torch.empty(len(ranks), size, width, dtype=sent.dtype, device="cpu")
             with patience.trying([peer], "counts, between nodes"):
                 for work in (
                     dist.irecv(received, group=group, group_src=peer),

@@ -64,7 +64,8 @@ class _Methods(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = METHODS.get(func)
-        if func is torch.tensor and kwargs.get("device") is not None:
+        # "cpu" in letters is the host's memory, whatever device the code works on.
+        if func is torch.tensor and kwargs.get("device") not in (None, "cpu"):
             name = "torch.tensor on a device"
         if resolve_name(func) in ("torch.Tensor.__getitem__", "torch.Tensor.__setitem__"):
             index = args[1] if isinstance(args[1], tuple) else (args[1],)

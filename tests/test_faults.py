@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tamoe import ExchangeError
+from tamoe import ExchangeError, node_channel
 from tamoe.exchange import Exchange, Kind
 from tamoe.topology import RankError, Topology, ranks, run_ranks
 from tamoe.transfer import Round, Transfer, Waiting
@@ -126,3 +126,34 @@ def test_every_other_rank_raises_and_names_the_hop(
             if moment == "rows under way":  # all of them may have come; what follows then fails
                 where = f"counts|(dispatch|combine|combine_backward|dispatch_backward){hop}"
             assert re.search(f"exchange, ({where})", text), text
+
+
+def struck_while_connecting(rank: int, kind: Kind, how: int, folder: str) -> None:
+    """The first exchange of a group, in which the ranks of a node connect."""
+    topology = Topology.from_tree("2x2", bandwidth_bytes_per_s=(1e9, 1e9))
+    exchange = Exchange(topology, kind=kind, timeout_s=TIMEOUT_S)
+    if rank == VICTIM:
+        node_channel._channel_once._make = lambda *given: os.kill(os.getpid(), how)  # type: ignore[assignment, return-value]
+    try:
+        exchange.dispatch(torch.ones(4, 2), torch.arange(4).view(4, 1), num_experts=4)
+    except ExchangeError as error:
+        with open(f"{folder}/{rank}", "w") as file:
+            file.write(str(error))
+        raise
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("kind", ["flat", "hierarchical"])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_goes_while_its_node_connects_is_noticed(
+    kind: Kind, how: int, tmp_path: Any
+) -> None:
+    with pytest.raises(RankError):
+        run_ranks(
+            4, struck_while_connecting, kind, int(how), str(tmp_path), timeout_s=20 * TIMEOUT_S
+        )
+    told = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert set(told) == {"0", "1", "2"}
+    for text in told.values():
+        assert f"{kind} exchange, sockets of the node" in text and "failed with rank" in text
+    assert "failed with rank 3" in told["2"]

@@ -328,6 +328,14 @@ def test_grouped_and_listed_experts_agree():
     assert torch.allclose(listed(x).hidden, grouped(x).hidden, rtol=0, atol=1e-14)
 
 
+def test_a_layer_can_be_made_without_memory():
+    with torch.device("meta"):
+        layer = MoE(NaiveGate(8, 4), lambda: nn.Linear(8, 8), num_experts=4)
+    assert {parameter.device.type for parameter in layer.parameters()} == {"meta"}
+    layer.to_empty(device="cpu")
+    assert layer(torch.ones(3, 8)).hidden.shape == (3, 8)
+
+
 def test_grouped_experts_start_by_their_numbers():
     torch.manual_seed(3)
     one = layer_of(experts=GroupedFeedForward(8, HIDDEN, INTERMEDIATE))
