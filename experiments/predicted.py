@@ -5,7 +5,7 @@ Run it (about an hour on two cores; ``--quick`` for one small cluster)::
     python -m tamoe.experiments.predicted -o predicted.json
 
 On each cluster every exchange runs on some routings, in turns. Constants are fitted on even,
-uneven, local and one-hot ones, and on two that stay inside nodes; what is scored are other draws,
+uneven, local and one-hot ones, and on three that stay inside nodes; what is scored are other draws,
 other sizes, another locality, routing after a plan's target, sizes of two decades on 4x2, and
 several expert-parallel groups at the same time, for which nothing was fitted. Exchanges whose times
 vary run more often, until the standard error of the median is 1.5 % or three times the repetitions

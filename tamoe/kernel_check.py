@@ -61,7 +61,7 @@ class KernelFacts:
     spill_bytes: int
     wide_loads: int | None = None  # None: there is no nvdisasm
     wide_stores: int | None = None
-    system_loads: int | None = None  # ordered against other devices
+    system_loads: int | None = None  # that acquire, and below release, for other devices, too
     system_stores: int | None = None
 
 
@@ -149,14 +149,30 @@ def _compile(nvcc: str, nvdisasm: str | None, unit: Path, architecture: str) -> 
     for section in re.split(r"^\.text\.", code, flags=re.MULTILINE)[1:]:
         name = section[: section.index(":")]
         if name in facts:
+            acquires, releases = _ordered(section)
             facts[name] = replace(
                 facts[name],
                 wide_loads=len(re.findall(r"\bLDG?\.[\w.]*\b128\b", section)),
                 wide_stores=len(re.findall(r"\bSTG?\.[\w.]*\b128\b", section)),
-                system_loads=len(re.findall(r"\bLDG?\.[\w.]*STRONG\.SYS", section)),
-                system_stores=len(re.findall(r"\bSTG?\.[\w.]*STRONG\.SYS", section)),
+                system_loads=acquires,
+                system_stores=releases,
             )
     return list(facts.values())
+
+
+def _ordered(section: str) -> tuple[int, int]:
+    """Loads that acquire and stores that release, in a kernel's machine code.
+
+    Relaxed ones look alike but for what comes with them: behind an acquire the first-level cache is
+    emptied, as behind a full fence; before a release there is a fence of its own.
+    """
+
+    def count(pattern: str) -> int:
+        return len(re.findall(rf"\b{pattern}", section))
+
+    loads, stores = (count(rf"{name}G?\.[\w.]*STRONG\.SYS") for name in ("LD", "ST"))
+    emptied = count(r"CCTL\.IVALL") - count(r"MEMBAR\.SC\.SYS")
+    return max(min(loads, emptied), 0), min(stores, count(r"MEMBAR\.ALL\.SYS"))
 
 
 def _ptxas_facts(text: str, architecture: str) -> dict[str, KernelFacts]:

@@ -199,6 +199,22 @@ MUTANTS = [
         "static",
     ),
     Mutant(
+        "a flag stored without an order",
+        "port.h",
+        "st.release.sys.global.u64 [%0], %1;",
+        "st.relaxed.sys.global.u64 [%0], %1;",
+        "peer_store.cu",
+        "static",
+    ),
+    Mutant(
+        "a flag read without an order",
+        "port.h",
+        "ld.acquire.sys.global.u64 %0, [%1];",
+        "ld.relaxed.sys.global.u64 %0, [%1];",
+        "peer_store.cu",
+        "static",
+    ),
+    Mutant(
         "a copy in words of 8 bytes",
         "port.h",
         "ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];",
