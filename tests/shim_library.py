@@ -7,6 +7,7 @@ import functools
 import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,13 @@ from tamoe.kernel_library import KernelLibrary, load
 
 SEEDS = (0, 1, 2, 3)  # 0 is the fixed schedule
 needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+
+
+def one_unit(folder: Path, text: str = "int tamoe_x() { return 1; }") -> Path:
+    """A folder of sources with one file."""
+    folder.mkdir(exist_ok=True)
+    (folder / "unit.cu").write_text(text)
+    return folder
 
 
 @functools.cache
