@@ -10,8 +10,8 @@ from itertools import repeat
 from typing import Any
 
 from tamoe.calibration import measure
-from tamoe.cases import Case, Groups
-from tamoe.progress import Count, progress_line
+from tamoe.cases import Case
+from tamoe.progress import progress_line
 from tamoe.solver.constants import Constants
 from tamoe.solver.exchange_fit import Measured, fit
 from tamoe.solver.exchange_rows import ALL_WAYS, EXCHANGES, KEYS, WAYS
@@ -23,45 +23,34 @@ NEAR = 0.05  # of the fastest, for a good choice
 # Standard error of a median above which an exchange is timed more often: of nine times with half of
 # them within 8 % of each other it is 2.5 %.
 STEADY = 0.015
-_TIMEOUT_S = 3600.0
-
-
-def measure_cases(
-    spec: str,
-    task: str,
-    topology: Topology,
-    groups: Groups,
-    cases: Sequence[Case],
-    repetitions: int,
-    backward: bool = False,
-) -> tuple[list[Measured], int]:
-    """Times of every exchange in every case on an emulated cluster, and packets that it dropped."""
-    print(f"{spec}: {len(cases)} routings", flush=True)
-    run = run_ranks_with_report(
-        spec, _rank, task, topology, groups, cases, repetitions, backward, timeout_s=_TIMEOUT_S
-    )
-    assert run.network is not None
-    if dropped := run.network.dropped_packets:
-        print(f"{spec}: {dropped} packets were dropped; these times are not scored", flush=True)
-    return run.results[0], dropped
+_TIMEOUT_S = 7200.0
 
 
 def calibrate_and_measure(
     spec: str,
     task: str,
     topology: Topology,
-    groups: Groups,
     fitted: Sequence[Case],
     cases: Sequence[Case],
     repetitions: int,
     backward: bool = False,
 ) -> tuple[Mapping[tuple[str, str], Constants], list[Measured], int]:
-    """Constants, fitted on some cases alone, times of the others, dropped packets: of one run."""
+    """Constants, fitted on some cases alone, times of the others, dropped packets: of one run.
+
+    The run is of every exchange in every case, on an emulated cluster.
+    """
     given = [*fitted, *cases]
+    print(f"{spec}: {len(given)} routings", flush=True)
     # Mixed, so that a machine that is slower for a while is so for both.
     order = random.Random(0).sample(range(len(given)), len(given))
     mixed = [given[number] for number in order]
-    measured, dropped = measure_cases(spec, task, topology, groups, mixed, repetitions, backward)
+    run = run_ranks_with_report(
+        spec, _rank, task, topology, mixed, repetitions, backward, timeout_s=_TIMEOUT_S
+    )
+    assert run.network is not None
+    if dropped := run.network.dropped_packets:
+        print(f"{spec}: {dropped} packets were dropped; these times are not scored", flush=True)
+    measured = run.results[0]
     each = len(EXCHANGES) * len(ALL_WAYS if backward else WAYS)
     of_case = {number: measured[i * each : (i + 1) * each] for i, number in enumerate(order)}
     in_order = [one for number in range(len(given)) for one in of_case[number]]
@@ -77,16 +66,12 @@ def _rank(
     rank: int,
     task: str,
     topology: Topology,
-    groups: Groups,
     cases: Sequence[Case],
     repetitions: int,
     backward: bool,
 ) -> list[Measured] | None:
     show = progress_line(task) if rank == 0 else None
-    count = Count(show, "routings", len(cases) * (repetitions + 1))
-    measured = measure(
-        rank, topology, groups, cases, repetitions, count, steady=STEADY, backward=backward
-    )
+    measured = measure(rank, topology, cases, repetitions, show, steady=STEADY, backward=backward)
     return measured if rank == 0 else None
 
 

@@ -26,7 +26,7 @@ import numpy as np
 import typer
 
 from tamoe.calibration import calibration_cases
-from tamoe.cases import EXPERTS_PER_RANK, HIDDEN_SIZE, Case
+from tamoe.cases import EXPERTS_PER_RANK, HIDDEN_SIZE, Case, everyone
 from tamoe.experiments.calibrated import (
     LEAST_S,
     calibrate_and_measure,
@@ -74,7 +74,8 @@ QUICK = Grid(FULL.clusters[:1], (16, 256), (1, 8), (16, 64, 256, 1024), (1, 8), 
 def even_case(topology: Topology, tokens: int, top_k: int) -> Case:
     """All experts as likely, for every rank."""
     weight_PN = np.ones((topology.num_ranks, topology.num_ranks * EXPERTS_PER_RANK))
-    return Case(f"even, {tokens} tokens, top-{top_k}", tokens, top_k, HIDDEN_SIZE, weight_PN)
+    name = f"even, {tokens} tokens, top-{top_k}"
+    return Case(name, everyone(topology), tokens, top_k, HIDDEN_SIZE, weight_PN)
 
 
 def row(tokens: int, top_k: int, seconds: Mapping[str, float]) -> Row:
@@ -99,12 +100,11 @@ def measured_rows(cases: Sequence[Case], measured: Sequence[Measured]) -> list[R
 def measure_cluster(spec: str, grid: Grid, repetitions: int) -> tuple[Topology, dict[str, Any]]:
     """The topology with constants, and what the document says of the cluster so far."""
     topology = ClusterSpec.parse(spec).topology()
-    groups = (tuple(range(topology.num_ranks)),)
     cases = [even_case(topology, t, k) for k in grid.measured_top_k for t in grid.measured_tokens]
     # Local routings take two thirds of the fit's time on 16 ranks, and no routing here is local.
     fitted = [case for case in calibration_cases(topology) if not case.name.startswith("local")]
     constants, measured, dropped = calibrate_and_measure(
-        spec, "crossover", topology, groups, fitted, cases, repetitions
+        spec, "crossover", topology, fitted, cases, repetitions
     )
     topology = with_constants(topology, constants)
     return topology, {

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from tamoe.cases import Case, Groups, inside_case, make_case, routing
+from tamoe.cases import Case, Groups, everyone, inside_case, make_case, routing
 from tamoe.exchange import Exchange
 from tamoe.groups import works_by_gloo
 from tamoe.progress import Count, Progress
@@ -47,7 +47,7 @@ ERROR_OF_MEDIAN = 0.93  # of values with a normal distribution, times the range 
 
 def calibration_cases(topology: Topology) -> list[Case]:
     """Routings that tell the constants apart: links, work and messages count in turn."""
-    groups = (tuple(range(topology.num_ranks)),)
+    groups = everyone(topology)
     sized = itertools.product(CALIBRATION, CALIBRATED_ON)
     cases = [make_case(topology, groups, name, *on, seed=1) for name, on in sized]
     # Next to nothing, and so much that the links alone decide.
@@ -84,14 +84,11 @@ def calibrate(
     if len(topology.nodes) == 1:
         return topology
     cases = calibration_cases(topology)
-    everyone = (tuple(range(topology.num_ranks)),)
-    timed = Count(progress, "exchanges", len(cases) * (REPETITIONS + 1))
-    measured = measure(rank, topology, everyone, cases, REPETITIONS, timed, budget_s=budget_s)
-    timed.end()
+    measured = measure(rank, topology, cases, REPETITIONS, progress, budget_s=budget_s)
     mine = KEYS[rank :: topology.num_ranks]  # a fit takes seconds, so ranks share the work
     fitting = Count(progress, "constants", len(mine) * MOST_STEPS)
-    everyone_by = dist.group.WORLD
-    ahead = ROUNDS_AHEAD if everyone_by is not None and works_by_gloo(everyone_by) else 0
+    world = dist.group.WORLD
+    ahead = ROUNDS_AHEAD if world is not None and works_by_gloo(world) else 0
     constants = fit(topology, measured, at_once, mine, fitting, ahead)
     found: list[Mapping[tuple[str, str], Constants]] = [{}] * topology.num_ranks
     dist.all_gather_object(found, constants)
@@ -102,31 +99,28 @@ def calibrate(
 def measure(
     rank: int,
     topology: Topology,
-    groups: Groups,
     cases: Sequence[Case],
     repetitions: int,
-    progress: Callable[[], None] | None = None,
+    progress: Progress | None = None,
     *,
     budget_s: float | None = None,
     steady: float | None = None,
     backward: bool = False,
 ) -> list[Measured]:
-    """Time every exchange in every case, all groups at once; every rank calls it.
+    """Time every exchange in every case, all groups of a case at once; every rank calls it.
 
     Parameters
     ----------
     rank, topology
         This rank, and the whole cluster.
-    groups
-        Expert-parallel groups, which exchange at the same time.
     cases
-        What to exchange.
+        What to exchange, in which expert-parallel groups.
     repetitions
         Timed runs of each exchange, after one that is not. All cases run once, then all again: a
         machine that is slower for a while slows a run or two of each. Each time they run in another
         order, so that none always follows the same other.
     progress
-        Called after each run of a case: ``repetitions + 1`` times for each case.
+        Called as ``progress(phase, done, total, seconds_left)``.
     budget_s
         Seconds after which cases do not run again; they run at least twice. None: no limit.
     steady
@@ -140,33 +134,40 @@ def measure(
     list
         The same on all ranks; times are those of the last rank in each run.
     """
-    handles = [dist.new_group(list(members)) for members in groups]
-    number = next(i for i, members in enumerate(groups) if rank in members)
-    members, group = groups[number], handles[number]
-    local = topology.subset(members)
-    on_gpu = group is not None and not works_by_gloo(group)
+    world = dist.group.WORLD
+    on_gpu = world is not None and not works_by_gloo(world)
     device = torch.device("cuda" if on_gpu else "cpu")
     finish = torch.cuda.synchronize if on_gpu else lambda: None
+    joined = {groups: _join(rank, groups) for groups in dict.fromkeys(c.groups for c in cases)}
     moved, timed, pause_s = [], [], refill_s(topology)
     for seed, case in enumerate(cases):
+        members, group = joined[case.groups]
+        local = topology.subset(members)
         index_TK = routing(case, members.index(rank), 1000 * seed + rank)
         moved.append(_moved(topology, local, members, case, index_TK))
         exchanges = _exchanges(local, group)
         timed.append(_Timed(case, index_TK.to(device), exchanges, pause_s, backward))
     began_s = time.monotonic()
+    count = Count(progress, "exchanges", len(cases) * (repetitions + 1))
     # The first run connects pairs, and exchanges learn how many tokens come.
     for done in range(repetitions + 1):
         if budget_s is not None and done > 1 and not _go_on(began_s + budget_s, device):
             break
         for one in random.Random(done).sample(timed, len(timed)):  # the same on all ranks
             one.run(finish)
-            if progress is not None:
-                progress()
+            count()
+    count.end()
     if steady is not None:
-        for done in range(repetitions + 1, MOST_AGAIN * repetitions + 1):
+        again = range(repetitions + 1, MOST_AGAIN * repetitions + 1)
+        count = Count(progress, "runs of what varies", len(again))
+        for done in again:
             varied = [(one, names) for one in timed if (names := one.varied(steady))]
+            if not varied:
+                break
             for one, names in random.Random(done).sample(varied, len(varied)):
                 one.run(finish, names)
+            count()
+        count.end()
     measured: list[Measured] = []
     ways = ALL_WAYS if backward else WAYS
     for case, one, bytes_of in zip(cases, timed, moved, strict=True):
@@ -185,6 +186,13 @@ def measure(
                 )
             )
     return measured
+
+
+def _join(rank: int, groups: Groups) -> tuple[tuple[int, ...], dist.ProcessGroup | None]:
+    """Ranks of the group that this rank is in, and their process group; all ranks call it."""
+    handles = [dist.new_group(list(members)) for members in groups]
+    number = next(i for i, members in enumerate(groups) if rank in members)
+    return groups[number], handles[number]
 
 
 def _go_on(until_s: float, device: torch.device) -> bool:
@@ -290,12 +298,12 @@ def _moved(
     parent_TM = plan_forwarding(node_N[index_TK].flatten(), len(index_TK), relays)
     forward_MM = count_copies(parent_TM)[0]
     count_N = torch.bincount(index_TK.flatten(), minlength=num_experts)
-    everyone: list[Any] = [None] * topology.num_ranks
+    of_ranks: list[Any] = [None] * topology.num_ranks
     mine = (members, count_N.numpy(), forward_MM.numpy(), len(index_TK), sums_L.numpy())
-    dist.all_gather_object(everyone, mine)
+    dist.all_gather_object(of_ranks, mine)
     moved: dict[tuple[str, str], list[Rows]] = {}
-    for ranks in dict.fromkeys(entry[0] for entry in everyone):
-        of_group = [everyone[rank] for rank in ranks]
+    for ranks in dict.fromkeys(entry[0] for entry in of_ranks):
+        of_group = [of_ranks[rank] for rank in ranks]
         rows = rows_of_group(
             topology.subset(ranks),
             ranks,

@@ -21,6 +21,7 @@ class Case:
     """Tokens of every rank and how likely each of its experts is; distinct experts for a token."""
 
     name: str
+    groups: Groups  # which exchange at the same time, all alike
     tokens: int
     top_k: int
     hidden_size: int
@@ -68,6 +69,15 @@ def make_case(
     return sized(topology, groups, f"{name}, {link_s:.2g} s, top-{top_k}", weight_pN, link_s, top_k)
 
 
+def everyone(topology: Topology) -> Groups:
+    """One group of all ranks.
+
+    >>> everyone(Topology.from_tree("2x1", bandwidth_bytes_per_s=(1e9, 1e7)))
+    ((0, 1),)
+    """
+    return (tuple(range(topology.num_ranks)),)
+
+
 def inside_case(topology: Topology, tokens: int, top_k: int) -> Case:
     """Even routing among the experts of a token's own node: nothing crosses links between nodes.
 
@@ -88,7 +98,7 @@ def inside_case(topology: Topology, tokens: int, top_k: int) -> Case:
     """
     top_k = min(top_k, EXPERTS_PER_RANK * min(map(len, topology.nodes)))
     name = f"inside, {tokens} tokens, top-{top_k}"
-    return Case(name, tokens, top_k, HIDDEN_SIZE, 1.0 * _near(topology))
+    return Case(name, everyone(topology), tokens, top_k, HIDDEN_SIZE, 1.0 * _near(topology))
 
 
 def _near(local: Topology) -> np.ndarray:
@@ -116,7 +126,7 @@ def sized(
     between_L = np.array([link.level > 0 for link in topology.links])
     token_s = ((topology.incidence @ token_PP.ravel()) / bandwidth_L * between_L).max(initial=0.0)
     tokens = int(np.clip(link_s / token_s, 8, MOST_TOKENS)) if token_s else 8
-    return Case(name, tokens, top_k, HIDDEN_SIZE, weight_pN)
+    return Case(name, groups, tokens, top_k, HIDDEN_SIZE, weight_pN)
 
 
 def routing(case: Case, place: int, seed: int) -> torch.Tensor:

@@ -88,7 +88,7 @@ def test_constants_of_some_exchanges_alone_choose_nothing() -> None:
 def timed_on_a_rank(rank: int) -> list[tuple[str, str, float]]:
     topology = CLUSTER.topology()
     cases = [make_case(topology, ((0, 1),), "even", 0.1, 2, seed=0)]
-    measured = measure(rank, topology, ((0, 1),), cases, 3, backward=True)
+    measured = measure(rank, topology, cases, 3, backward=True)
     return [
         (m.exchange, m.way, m.seconds / predict(topology, m.exchange, m.way, m.groups).time_s)
         for m in measured

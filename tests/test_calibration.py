@@ -113,13 +113,13 @@ def test_some_routings_to_fit_to_leave_the_links_between_nodes_alone(spec: str) 
 
 
 CLUSTER = ClusterSpec.parse("2x1:200mbit")
+IN_GROUPS = ClusterSpec.parse("2x2:200mbit")
 FAST = ClusterSpec.parse("2x1:1gbit")
 
 
 def timed_on_a_rank(rank):
     topology = CLUSTER.topology()
-    groups = (tuple(range(topology.num_ranks)),)
-    cases = [make_case(topology, groups, name, 0.05, 2, seed=0) for name in ("even", "empty")]
+    cases = [make_case(topology, ((0, 1),), name, 0.05, 2, seed=0) for name in ("even", "empty")]
     runs, order, run = [], [], calibration._Timed.run
 
     def noted(case, finish):
@@ -127,14 +127,14 @@ def timed_on_a_rank(rank):
         run(case, finish)
 
     calibration._Timed.run = noted
-    measured = measure(rank, topology, groups, cases, 3, lambda: runs.append(1))
+    measured = measure(rank, topology, cases, 3, lambda *line: runs.append(line[:3]))
     calibration._Timed.run = run
     few = []
-    measure(rank, topology, groups, cases, 3, lambda: few.append(1), budget_s=1e-9)
+    measure(rank, topology, cases, 3, lambda *line: few.append(line[:3]), budget_s=1e-9)
     return (
         measured,
         [routing(case, rank, 1000 * i + rank) for i, case in enumerate(cases)],
-        (len(runs), len(few)),
+        (runs, few),
         order,
     )
 
@@ -144,7 +144,9 @@ def timed_on_a_rank(rank):
 def test_what_is_measured_is_what_was_routed():
     on_ranks = run_ranks(CLUSTER, timed_on_a_rank, timeout_s=120)
     for measured, _, calls, order in on_ranks:
-        assert calls == (2 * 4, 2 * 2)  # all runs; the untimed and one more
+        assert calls[0] == [("exchanges", done, 8) for done in range(1, 9)]
+        # The untimed and one more, then what was counted ends.
+        assert calls[1] == [*calls[0][:4], ("exchanges", 4, 4)]
         assert order == on_ranks[0][3]
         even = [order[i] > 0 for i in range(0, len(order), 2)]  # whether it ran before "empty"
         assert set(even) == {True, False}
@@ -170,10 +172,25 @@ def test_what_is_measured_is_what_was_routed():
         assert np.sum(one.groups[0].hops_pp) == 0 and one.seconds > 0
 
 
+def in_groups_on_a_rank(rank):
+    topology = IN_GROUPS.topology()
+    groups = ((0, 1, 2, 3),), ((0, 2), (1, 3)), ((0, 1), (2, 3))
+    cases = [make_case(topology, some, "even", 0.01, 2, seed=0) for some in groups]
+    measured = measure(rank, topology, cases, 1)
+    return [tuple(group.ranks for group in one.groups) for one in measured], groups
+
+
+@pytest.mark.ranks
+@pytest.mark.emulated
+def test_cases_of_several_groupings_run_in_turns():
+    for measured, groups in run_ranks(IN_GROUPS, in_groups_on_a_rank, timeout_s=120):
+        assert measured == [some for some in groups for _ in KEYS]
+
+
 def varying_on_a_rank(rank):
     topology = CLUSTER.topology()
     cases = [make_case(topology, ((0, 1),), "empty", 0.05, 2, seed=0)] * 2
-    order = []
+    order, lines = [], []
 
     def scripted(case, finish, names=EXCHANGES):
         for name in names:
@@ -185,15 +202,17 @@ def varying_on_a_rank(rank):
             order.append(name)
 
     calibration._Timed.run = scripted
-    measured = measure(rank, topology, ((0, 1),), cases, 5, steady=0.05)
-    return [(one.exchange, one.runs) for one in measured], order
+    measured = measure(rank, topology, cases, 5, lambda *line: lines.append(line[:3]), steady=0.05)
+    return [(one.exchange, one.runs) for one in measured], order, lines
 
 
 @pytest.mark.ranks
 @pytest.mark.emulated
 def test_exchanges_that_vary_run_more_often_on_all_ranks():
-    (runs, order), (other_runs, other_order) = run_ranks(CLUSTER, varying_on_a_rank, timeout_s=120)
-    assert runs == other_runs and order == other_order
+    on_ranks = run_ranks(CLUSTER, varying_on_a_rank, timeout_s=120)
+    (runs, order, lines), other = on_ranks
+    assert (runs, order, lines) == other
+    assert lines[12:] == [("runs of what varies", done, 10) for done in range(1, 11)]
     counted = dict(runs)
     assert len(runs) == 2 * len(KEYS) and set(runs) == set(counted.items())
     assert counted["flat single"] == 5 and counted["hierarchical"] == 15
