@@ -112,7 +112,8 @@ def rows_of_group(
     hops = hierarchical_rows(local, counts_pN, forward_pMM, rank_of_N)
     hops_pp = [hop_pp * row_bytes for hop_pp in hops]
     told_pp = told_bytes(local, counts_pN, forward_pMM, rank_of_N)
-    parts = part_shares(num_parts(max(token_bytes_p)))
+    far_bytes_p = np.asarray(forward_pMM).sum((1, 2)) * row_bytes
+    parts = part_shares(num_parts(max(token_bytes_p), max(far_bytes_p)))
     rows = Rows(ranks, hops_pp, token_bytes_p, False, parts)
     relayed = {
         "dispatch": replace(rows, hops_pp=[hops_pp[0] + told_pp, *hops_pp[1:]], told=True),

@@ -20,7 +20,7 @@ from tamoe.word_swap import word_swap
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Headers travel in a message of fixed size: ranks that disagree on the number of experts must
-# still be able to read each other. Up to 247 counts for a peer fit in beside the header; further
+# still be able to read each other. Up to 246 counts for a peer fit in beside the header; further
 # ones follow in a second message, whose size is agreed on by then.
 MESSAGE_WORDS = 256
 _FIELDS = ("dtype", "hidden_size", "top_k", "num_experts", "requires_grad", "weight_TK", "exchange")
@@ -48,7 +48,7 @@ class Header:
         return [int(self.problem is not None), dtype, *sizes, *flags, self.layout, self.num_tokens]
 
 
-HEADER_WORDS = 2 + len(_FIELDS)
+HEADER_WORDS = 3 + len(_FIELDS)  # the last: copies for other nodes, known on the device
 INLINE_COUNTS = MESSAGE_WORDS - HEADER_WORDS
 
 
@@ -72,7 +72,7 @@ def exchange_counts(
     count_PW: torch.Tensor,
     note_X: torch.Tensor,
     mover: Mover,
-) -> tuple[list[list[int]], list[list[int]], list[int], list[int]]:
+) -> tuple[list[list[int]], list[list[int]], list[int], list[int], list[int]]:
     """Tell every rank the counts that it has to know; learn from all what this rank has to know.
 
     The host waits for the device once, twice beyond :data:`INLINE_COUNTS` counts for a rank.
@@ -84,15 +84,17 @@ def exchange_counts(
     count_PW
         ``[P, W]`` int64, W counts for each rank, on the device that the group works on.
     note_X
-        ``[X]`` int64, X >= 1, what this rank's own host has to know: first, nonzero where values on
-        the device are not allowed. Kept on the device so that one read brings everything.
+        ``[X]`` int64, X >= 2, what this rank's own host has to know, of which all ranks hear the
+        first two: nonzero where values on the device are not allowed, and copies of its tokens for
+        other nodes. Kept on the device so that one read brings everything.
     mover
         Of the group, with its nodes.
 
     Returns
     -------
-    sent_PW, received_PW, tokens_P, note_X
-        Counts told to each rank and by each rank; tokens of each rank; the notes.
+    sent_PW, received_PW, tokens_P, copies_P, note_X
+        Counts told to each rank and by each rank; tokens of each rank, and copies of them for other
+        nodes; the notes.
 
     Raises
     ------
@@ -103,8 +105,9 @@ def exchange_counts(
     num_ranks, num_counts = count_PW.shape
     inline = min(num_counts, INLINE_COUNTS)
     message = torch.zeros(num_ranks, MESSAGE_WORDS, dtype=torch.int32, device=count_PW.device)
-    message[:, :HEADER_WORDS] = table_on(count_PW.device, header.words())
+    message[:, : HEADER_WORDS - 1] = table_on(count_PW.device, header.words())
     message[:, 0] += note_X[0].to(torch.int32)
+    message[:, HEADER_WORDS - 1] = note_X[1]
     message[:, HEADER_WORDS : HEADER_WORDS + inline] = count_PW[:, :inline]
     swap = word_swap(mover.group, mover.rank)
     answer = swap.swap(message, mover.patience)
@@ -119,9 +122,9 @@ def exchange_counts(
         rest = count_PW[:, inline:].to(torch.int32)  # rows of one rank, so that they fit
         tails = swap.swap(rest, mover.patience).tolist()
         received_PW = [row + tail for row, tail in zip(received_PW, tails, strict=True)]
-    tokens_P = [row[HEADER_WORDS - 1] for row in words]
+    tokens_P, copies_P = ([row[HEADER_WORDS + word] for row in words] for word in (-2, -1))
     sent_PW = _rows(told[num_words : len(told) - len(note_X)], num_counts)
-    return sent_PW, received_PW, tokens_P, note
+    return sent_PW, received_PW, tokens_P, copies_P, note
 
 
 def _rows(values: list[int], size: int) -> list[list[int]]:

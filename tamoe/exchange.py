@@ -49,7 +49,7 @@ class Exchange:
     round. A row is multiplied by its weight and rounded to the rows' dtype before it is added.
 
     A dispatch makes the host wait for the device once, for counts; twice where a rank has to be
-    told more than 247 of them (flat: E, the most experts that a rank has; hierarchical: E for each
+    told more than 246 of them (flat: E, the most experts that a rank has; hierarchical: E for each
     rank of a node and twice the nodes, for each part). The kernel sorts up to 12,288 experts times
     parts; beyond, PyTorch does, which waits, too. What follows, combine and the backward passes do
     not, given kernels (:mod:`tamoe.ops`). All ranks must call dispatch and combine, and
@@ -372,6 +372,6 @@ class Exchange:
             by_gloo = works_by_gloo(group)
             if device.type not in ("cpu", "cuda") or (device.type == "cpu" and not by_gloo):
                 device = torch.device("cpu" if by_gloo else "cuda")  # where the group works
-            nothing_PW = torch.zeros(self.num_ranks, 1, dtype=torch.int64, device=device)
+            nothing_PW = torch.zeros(self.num_ranks, 2, dtype=torch.int64, device=device)
             exchange_counts(header, nothing_PW, nothing_PW[0], self._mover)
         raise InputError(header.problem)

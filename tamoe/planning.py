@@ -54,6 +54,7 @@ class Planner:
         self.chunks = chunks
         # Of a rank, in the dispatch before; the same on all ranks.
         self._most_tokens: int | None = None
+        self._most_copies = 0  # for other nodes
 
     def num_parts(self, x_TD: torch.Tensor) -> int:
         """Parts that these tokens are to travel in; the same on all ranks."""
@@ -64,7 +65,7 @@ class Planner:
         if self._most_tokens is None:
             return MOST_PARTS
         row_bytes = x_TD.shape[-1] * x_TD.dtype.itemsize if x_TD.ndim else 0
-        return num_parts(self._most_tokens * row_bytes)
+        return num_parts(self._most_tokens * row_bytes, self._most_copies * row_bytes)
 
     def plan(self, asked: Asked) -> Planned:
         """The route, rows for each slot, and rows by source rank and local slot.
@@ -101,7 +102,9 @@ class Planner:
         num_local = asked.placement.slots_per_rank
         cut = cut_tokens(asked.key, header.top_k, num_local, asked.num_parts, relays)
         in_order = sort_choices(cut, relays)
-        told = self._counts(asked, in_order.word_PW, in_order.reach_CL.flatten())
+        told = self._counts(
+            asked, in_order.word_PW, in_order.reach_CL.flatten(), in_order.num_copies
+        )
         sent_PW, received_PW, reached = told
         shares = make_shares(cut, in_order, reached, sent_PW, received_PW, relays)
         sent_CPE, received_CPE = counts_of_parts(shares, relays)
@@ -127,19 +130,28 @@ class Planner:
         return plan_flat(self.mover, *rows, dealt_PE, dealt_PE, (), num_sums), sent, dealt_PE
 
     def _counts(
-        self, asked: Asked, word_PW: torch.Tensor, own_X: torch.Tensor
+        self,
+        asked: Asked,
+        word_PW: torch.Tensor,
+        own_X: torch.Tensor,
+        num_copies: torch.Tensor | None = None,
     ) -> tuple[list[list[int]], list[list[int]], list[int]]:
-        """Words told to each rank and by each rank, and those that this rank keeps to itself."""
-        note_X = torch.cat([asked.refused.to(torch.int64).view(1), own_X])
+        """Words told to each rank and by each rank, and those that this rank keeps to itself.
+
+        All ranks hear of ``num_copies``, those of this rank's tokens for other nodes.
+        """
+        refused = asked.refused.to(torch.int64).view(1)
+        copies = torch.zeros_like(refused) if num_copies is None else num_copies.view(1)
+        note_X = torch.cat([refused, copies, own_X])
         if self.mover.group is not None:
             with timed("counts", word_PW.device):
-                sent_PW, received_PW, tokens_P, note = exchange_counts(
+                sent_PW, received_PW, tokens_P, copies_P, note = exchange_counts(
                     asked.header, word_PW, note_X, self.mover
                 )
-            self._most_tokens = max(tokens_P)
-            return sent_PW, received_PW, note[1:]
+            self._most_tokens, self._most_copies = max(tokens_P), max(copies_P)
+            return sent_PW, received_PW, note[2:]
         told = torch.cat([note_X, word_PW.flatten()]).tolist()
         if told[0]:
             raise RefusedValues("the exchange refused values of this rank")
         words = told[len(note_X) :]
-        return [words], [words], told[1 : len(note_X)]
+        return [words], [words], told[2 : len(note_X)]

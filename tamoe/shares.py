@@ -108,6 +108,7 @@ class Sorted:
     choice: torch.Tensor  # flat choices, the kept ones first: by part, by expert, by token
     parent_TM: torch.Tensor  # forwarding trees
     reach_CL: torch.Tensor  # tokens with an expert at most 0, 1, 2 … levels of switches away
+    num_copies: torch.Tensor  # for other nodes
 
 
 def sort_choices(cut: Cut, relays: Relays) -> Sorted:
@@ -119,15 +120,13 @@ def sort_choices(cut: Cut, relays: Relays) -> Sorted:
     end = num_parts * num_experts
     apart_TK = torch.where(key_TK < num_experts, key_TK + num_experts * part_T[:, None], end)
     built = build_index(apart_TK, end)
+    forward_CMM = count_copies(parent_TM, part_T, num_parts)
     return Sorted(
-        word_PW=count_words(
-            count_copies(parent_TM, part_T, num_parts),
-            built.count_N.view(num_parts, num_experts),
-            relays,
-        ),
+        word_PW=count_words(forward_CMM, built.count_N.view(num_parts, num_experts), relays),
         choice=built.choice,
         parent_TM=parent_TM,
         reach_CL=count_reach(node_TK, part_T, num_parts, relays),
+        num_copies=forward_CMM.sum(),
     )
 
 

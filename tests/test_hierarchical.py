@@ -219,6 +219,7 @@ def on_all_shapes(rank: int, routings: int) -> tuple[int, int]:
     compare(dist.group.WORLD, mixed, range(8))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tamoe.solver.parts.PART_BYTES", 64)  # several parts for a few tokens
+        patch.setattr("tamoe.solver.parts.FAR_BYTES", 64)
         for name in ("solver.parts.%s_INSIDE_BYTES", "summation.%s_PIECE_BYTES"):  # cut small
             for end in ("LEAST", "MOST"):
                 patch.setattr("tamoe." + name % end, 64)
