@@ -8,12 +8,12 @@ On each cluster every exchange runs on some routings, in turns. Constants are fi
 uneven, local and one-hot ones, and on three that stay inside nodes; what is scored are other draws,
 other sizes, another locality, routing after a plan's target, sizes of two decades on 4x2, and
 several expert-parallel groups at the same time, for which nothing was fitted. All that runs on the
-same links runs in turns: groups that ran half an hour after what constants were fitted to took 1 to
-2 % more or less than predicted on average. Exchanges whose times vary run more often, until the
-standard error of the median is 1.5 % or three times the repetitions are over. Only times of at
-least 5 ms that have at least 1 MB on the busiest link are scored, since an idle token bucket hides
-less, and only where no packet was dropped on the cluster. It is also counted how often the exchange
-that the model prefers is within 5 % of the fastest, on routings of which one exchange is scored.
+same links runs in turns, so that a machine that is slower for a while is so for what is fitted and
+what is scored. Exchanges whose times vary run more often, until the standard error of the median is
+1.5 % or three times the repetitions are over. Only times of at least 5 ms that have at least 1 MB
+on the busiest link are scored, since an idle token bucket hides less, and only where no packet was
+dropped on the cluster. It is also counted how often the exchange that the model prefers is within 5
+% of the fastest, on routings of which one exchange is scored.
 """
 
 from __future__ import annotations

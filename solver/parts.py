@@ -6,7 +6,7 @@ The exchanges ask it, and so does their cost model.
 # Parts hide work inside nodes behind the slow links. What is not hidden is a share of the shorter
 # of the two, which falls with their number, while each costs messages: so their number goes with
 # the square root of the bytes that leave a node. With as many as suit even routing, top-2 routing
-# to experts that are 64 times as likely on the own node took 1.5 to 2.8 times as long (emulated,
+# to experts that are 64 times as likely on the own node took 1.5 to 2.2 times as long (emulated,
 # 2x4 and 4x2 at 100 Mbit/s).
 PART_BYTES, FAR_BYTES = 2**18, 5 * 2**14
 MOST_PARTS = 6
