@@ -40,7 +40,7 @@ def test_bench_writes_scores_and_a_figure(tmp_path: Path, capsys: pytest.Capture
     scores = document["scores"]
     assert len(scores) == 2 * 2 * 3
     for score in scores:
-        assert 0 < score["share_of_bound"] <= 1.02, score
+        assert 0 < score["share_of_bound"] <= 1.0, score
         assert score["busiest_link_bytes"] > 0
     by_kind = {s["exchange"]: s for s in scores if (s["tokens"], s["skew"]) == (64, "even")}
     moved = {name: score["busiest_link_bytes"] for name, score in by_kind.items()}
