@@ -179,10 +179,10 @@ def _run_mpi(load: Load, mover: MpiMover) -> Callable[[Clock], torch.Tensor]:
                 received_PE.tolist(),
                 groups,
             )
-            row_RD, weight_n = route.dispatch(load.x_TD)
+            row_RD, weight_n, anchor_0D = route.dispatch(load.x_TD)
             with clock.experts():
                 row_RD = scale_rows(row_RD, tuple(received_PE.sum(0).tolist()), load)
-            out_TD = route.combine(row_RD, weight_n)
+            out_TD = route.combine(row_RD, weight_n, anchor_0D)
             clock.stop()
         clock.moving_s = record.phase_s("dispatch") + record.phase_s("combine")
         return out_TD

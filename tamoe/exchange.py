@@ -269,7 +269,7 @@ class Exchange:
         sent_N = [sent_slots[slot] for slot in placement.slot_N]
         note_counts(sent_N)
         num_local = len(placement.experts_PE[self.rank])
-        row_RD, weight = route.dispatch(x_TD)
+        row_RD, weight, anchor_0D = route.dispatch(x_TD)
         handle = Handle(
             num_tokens=len(x_TD),
             top_k=header.top_k,
@@ -283,7 +283,7 @@ class Exchange:
             received_counts_PE=tuple(tuple(counts[:num_local]) for counts in received_PE),
             route=route,
             weight=weight,
-            anchor_0D=row_RD[:0].clone(),
+            anchor_0D=anchor_0D,
         )
         return row_RD, handle
 
@@ -325,8 +325,8 @@ class Exchange:
         if problem is not None:
             raise InputError(problem)
         note_counts(list(handle.sent_counts_N))
-        row_RD, weight = handle.route.dispatch(x_TD)
-        return row_RD, replace(handle, weight=weight, anchor_0D=row_RD[:0].clone())
+        row_RD, weight, anchor_0D = handle.route.dispatch(x_TD)
+        return row_RD, replace(handle, weight=weight, anchor_0D=anchor_0D)
 
     def combine(self, row_RD: torch.Tensor, handle: Handle) -> torch.Tensor:
         """Return the experts' outputs to their tokens and add them up with their weights.
@@ -355,7 +355,7 @@ class Exchange:
                 f"row_RD is {row_RD.dtype} of shape {tuple(row_RD.shape)}; allowed: {handle.dtype} "
                 f"of shape {expected}, as dispatched. Experts must keep shape and dtype"
             )
-        return handle.route.combine(handle.anchored(row_RD), handle.weight)
+        return handle.route.combine(row_RD, handle.weight, handle.anchor_0D)
 
     # ---- what ranks agree on ------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from tamoe.anchor import Dispatched, anchor_for, recompute
 from tamoe.first_order import first_order
 from tamoe.host_table import table_on
 from tamoe.ops import copy_rows_, gather_rows
@@ -47,14 +48,16 @@ class FlatRoute:
     sum_plan: SumPlan
     weight_n: torch.Tensor | None  # factor of each row, with its graph
 
-    def dispatch(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Rows of this rank's experts, ``[R, D]``, and the weights that combine is to get."""
-        row_RD: torch.Tensor = _Dispatch.apply(x_TD, self)
-        return row_RD, self.weight_n
+    def dispatch(self, x_TD: torch.Tensor) -> Dispatched:
+        """Rows of this rank's experts, and what combine is to get."""
+        row_RD, anchor_0D = _Dispatch.apply(x_TD, self)
+        return Dispatched(row_RD, self.weight_n, anchor_0D)
 
-    def combine(self, row_RD: torch.Tensor, weight_n: torch.Tensor | None) -> torch.Tensor:
+    def combine(
+        self, row_RD: torch.Tensor, weight_n: torch.Tensor | None, anchor_0D: torch.Tensor
+    ) -> torch.Tensor:
         """Sums of the experts' outputs, ``[T, D]``."""
-        out_TD: torch.Tensor = _Combine.apply(row_RD, weight_n, self)
+        out_TD: torch.Tensor = _Combine.apply(row_RD, weight_n, anchor_0D, self)
         return out_TD
 
     def send(
@@ -228,13 +231,17 @@ class _Dispatch(torch.autograd.Function):
     """Rows out; the backward pass returns their gradients and adds them up, as combine does."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: torch.Tensor, route: FlatRoute) -> torch.Tensor:
+    def forward(
+        ctx: Any, x_TD: torch.Tensor, route: FlatRoute
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.route = route
-        return route.send(x_TD, "dispatch")
+        row_RD = route.send(x_TD, "dispatch")
+        return row_RD, anchor_for(ctx, row_RD)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_RD: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, grad_RD: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, None]:
+        recompute(ctx)
         grad_nD = ctx.route.send_back(grad_RD.contiguous(), "dispatch_backward")
         return add_up(grad_nD, ctx.route.sum_plan), None
 
@@ -248,27 +255,30 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, row_RD: torch.Tensor, weight_n: torch.Tensor | None, route: FlatRoute
+        ctx: Any,
+        row_RD: torch.Tensor,
+        weight_n: torch.Tensor | None,
+        anchor_0D: torch.Tensor,
+        route: FlatRoute,
     ) -> torch.Tensor:
-        ctx.route, ctx.weighted = route, weight_n is not None
+        ctx.route = route
         row_RD = row_RD.contiguous()
         if weight_n is None or not ctx.needs_input_grad[1]:
-            if weight_n is not None:
-                ctx.save_for_backward(None, weight_n)
+            ctx.save_for_backward(None, weight_n, anchor_0D)
             # No name here for the rows that come back: they are freed while they are added up.
             return add_up(route.send_back(row_RD, "combine"), route.sum_plan, weight_n)
         row_nD = route.send_back(row_RD, "combine")
-        ctx.save_for_backward(row_nD, weight_n)
+        ctx.save_for_backward(row_nD, weight_n, anchor_0D)
         return add_up(row_nD, route.sum_plan, weight_n)
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
-        grad_weight_n = weight_n = None
-        if ctx.weighted:
-            row_nD, weight_n = ctx.saved_tensors
-            if row_nD is not None:
-                grad_nD = gather_rows(grad_TD, ctx.route.token_n)
-                grad_weight_n = dot(grad_nD, row_nD).to(weight_n.dtype)
-                del grad_nD
-        return ctx.route.send(grad_TD, "combine_backward", weight_n), grad_weight_n, None
+    def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        row_nD, weight_n, anchor_0D = ctx.saved_tensors
+        grad_weight_n = None
+        if row_nD is not None:
+            grad_nD = gather_rows(grad_TD, ctx.route.token_n)
+            grad_weight_n = dot(grad_nD, row_nD).to(weight_n.dtype)
+            del grad_nD
+        grad_RD = ctx.route.send(grad_TD, "combine_backward", weight_n)
+        return grad_RD, grad_weight_n, torch.zeros_like(anchor_0D), None

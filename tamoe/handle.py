@@ -36,17 +36,7 @@ class Handle:
     received_counts_PE: tuple[tuple[int, ...], ...]  # rows by source rank and local expert
     route: FlatRoute | RelayRoute  # how the rows travel
     weight: torch.Tensor | None  # factors of rows, where the route applies them, with their graph
-    anchor_0D: torch.Tensor  # none of the rows, with their graph and without their memory
-
-    def anchored(self, row_RD: torch.Tensor) -> torch.Tensor:
-        """The rows; if they lost the graph of those that were dispatched, with it.
-
-        Experts may do so, with no rows above all. A rank that left out a backward pass would keep
-        the others waiting in theirs.
-        """
-        if torch.is_grad_enabled() and self.anchor_0D.requires_grad and not row_RD.requires_grad:
-            return torch.cat([row_RD, self.anchor_0D])
-        return row_RD
+    anchor_0D: torch.Tensor  # see tamoe.anchor
 
     @property
     def counts_E(self) -> tuple[int, ...]:

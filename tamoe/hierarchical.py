@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from tamoe.anchor import Dispatched, anchor_for, recompute
 from tamoe.first_order import first_order
 from tamoe.ops import copy_rows_
 from tamoe.pipeline import run_in_turns
@@ -160,17 +161,16 @@ class RelayRoute:
     parts: tuple[Part, ...]  # the largest first
     weights: Weights | None
 
-    def dispatch(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Rows of this rank's experts, ``[R, D]``, and their weights, for combine."""
-        row_RD: torch.Tensor
-        weight_R: torch.Tensor | None
-        weight_n = None if self.weights is None else self.weights.weight_n
-        row_RD, weight_R = _Dispatch.apply(x_TD, weight_n, self)
-        return row_RD, weight_R
+    def dispatch(self, x_TD: torch.Tensor) -> Dispatched:
+        """Rows of this rank's experts, and what combine is to get."""
+        weight = None if self.weights is None else self.weights.weight
+        return Dispatched(*_Dispatch.apply(x_TD, weight, self))
 
-    def combine(self, row_RD: torch.Tensor, weight_R: torch.Tensor | None) -> torch.Tensor:
+    def combine(
+        self, row_RD: torch.Tensor, weight_R: torch.Tensor | None, anchor_0D: torch.Tensor
+    ) -> torch.Tensor:
         """Sums of the experts' outputs, ``[T, D]``."""
-        out_TD: torch.Tensor = _Combine.apply(row_RD, weight_R, self)
+        out_TD: torch.Tensor = _Combine.apply(row_RD, weight_R, anchor_0D, self)
         return out_TD
 
     def send(self, x_TD: torch.Tensor, phase: Phase) -> torch.Tensor:
@@ -217,7 +217,7 @@ def plan_relays(
     relays: Relays,
     shares: Sequence[Share],
     counts: tuple[CountsCPE, CountsCPE],
-    weight_n: torch.Tensor | None,
+    weights: tuple[torch.Tensor, torch.Tensor] | None,
     dtype: torch.dtype,
 ) -> RelayRoute:
     """Plan both ways, as far as that needs nothing from other ranks but counts.
@@ -232,8 +232,8 @@ def plan_relays(
         The parts that the tokens travel in.
     counts
         Rows of each part for the experts of each rank, and from each rank for those of this one.
-    weight_n
-        Factor of each kept choice, sorted by part, by expert, then by token.
+    weights
+        Factors of all flat choices, and the kept choices, sorted by part, by expert, then by token.
     dtype
         Of the rows.
     """
@@ -256,39 +256,41 @@ def plan_relays(
             )
             for part, share in enumerate(shares)
         ),
-        None if weight_n is None else Weights(mover, weight_n, dtype, sent_CPE, order),
+        None if weights is None else Weights(mover, *weights, dtype, sent_CPE, order),
     )
 
 
 class _Dispatch(torch.autograd.Function):
-    """Rows and weights out; the backward pass returns the gradients of both."""
+    """Rows, weights and an anchor out; the backward pass returns the gradients of the first two."""
 
     @staticmethod
     def forward(
-        ctx: Any, x_TD: torch.Tensor, weight_n: torch.Tensor | None, route: RelayRoute
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        ctx: Any, x_TD: torch.Tensor, weight: torch.Tensor | None, route: RelayRoute
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         ctx.route = route
         row_RD = route.send(x_TD, "dispatch")
+        anchor_0D = anchor_for(ctx, row_RD)
         weight_R = None if route.weights is None else route.weights.weight_R.clone()
-        if not ctx.needs_input_grad[0]:
-            ctx.mark_non_differentiable(row_RD)
+        fixed = [] if ctx.needs_input_grad[0] else [row_RD, anchor_0D]
         if weight_R is not None and not ctx.needs_input_grad[1]:
-            ctx.mark_non_differentiable(weight_R)
-        return row_RD, weight_R
+            fixed.append(weight_R)
+        ctx.mark_non_differentiable(*fixed)
+        return row_RD, weight_R, anchor_0D
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, grad_RD: torch.Tensor, grad_weight_R: torch.Tensor | None
+        ctx: Any, grad_RD: torch.Tensor, grad_weight_R: torch.Tensor | None, _: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        recompute(ctx)
         route: RelayRoute = ctx.route
-        grad_TD = grad_weight_n = None
+        grad_TD = grad_weight = None
         if ctx.needs_input_grad[0]:
             grad_TD = route.send_back(grad_RD.contiguous(), None, "dispatch_backward")
         if ctx.needs_input_grad[1]:
             assert route.weights is not None and grad_weight_R is not None
-            grad_weight_n = route.weights.send_back(grad_weight_R)
-        return grad_TD, grad_weight_n, None
+            grad_weight = route.weights.send_back(grad_weight_R)
+        return grad_TD, grad_weight, None
 
 
 class _Combine(torch.autograd.Function):
@@ -296,18 +298,23 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, row_RD: torch.Tensor, weight_R: torch.Tensor | None, route: RelayRoute
+        ctx: Any,
+        row_RD: torch.Tensor,
+        weight_R: torch.Tensor | None,
+        anchor_0D: torch.Tensor,
+        route: RelayRoute,
     ) -> torch.Tensor:
-        ctx.route, ctx.weighted = route, weight_R is not None
-        if weight_R is not None:
-            ctx.save_for_backward(row_RD if ctx.needs_input_grad[1] else None, weight_R)
+        ctx.route = route
+        weighed_RD = row_RD if weight_R is not None and ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(weighed_RD, weight_R, anchor_0D)
         return route.send_back(row_RD.contiguous(), weight_R, "combine")
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+    def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        row_RD, weight_R, anchor_0D = ctx.saved_tensors
         grad_RD = ctx.route.send(grad_TD.contiguous(), "combine_backward")
-        if not ctx.weighted:
-            return grad_RD, None, None
-        row_RD, weight_R = ctx.saved_tensors
-        return weigh(grad_RD, weight_R), None if row_RD is None else dot(grad_RD, row_RD), None
+        grad_weight_R = None if row_RD is None else dot(grad_RD, row_RD)
+        if weight_R is not None:
+            grad_RD = weigh(grad_RD, weight_R)
+        return grad_RD, grad_weight_R, torch.zeros_like(anchor_0D), None

@@ -109,9 +109,11 @@ class Planner:
         shares = make_shares(cut, in_order, reached, sent_PW, received_PW, relays)
         sent_CPE, received_CPE = counts_of_parts(shares, relays)
         sent = [count for counts_E in added(sent_CPE) for count in counts_E]
-        weight_n = asked.weight_of(in_order.choice[: sum(sent)])
+        weights = None
+        if asked.weight_TK is not None:
+            weights = asked.weight_TK.flatten(), in_order.choice[: sum(sent)]
         counts = sent_CPE, received_CPE
-        route = plan_relays(self.mover, relays, shares, counts, weight_n, header.dtype)
+        route = plan_relays(self.mover, relays, shares, counts, weights, header.dtype)
         return route, sent, added(received_CPE)
 
     def _kept(self, asked: Asked) -> Planned:

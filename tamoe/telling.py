@@ -60,8 +60,12 @@ class Weights:
     ----------
     mover
         Moves them.
-    weight_n
-        Where the tokens are, sorted by part, by expert, then by token, with its graph.
+    weight
+        Of all flat choices of this rank's tokens, with its graph. The order below depends on the
+        number of parts, which may be another when a checkpoint runs this dispatch anew: so no graph
+        is made of it.
+    choice_n
+        Those that were not dropped, sorted by part, by expert, then by token.
     dtype
         Of the rows.
     sent_CPE
@@ -71,7 +75,8 @@ class Weights:
     """
 
     mover: Mover
-    weight_n: torch.Tensor
+    weight: torch.Tensor
+    choice_n: torch.Tensor
     dtype: torch.dtype
     sent_CPE: CountsCPE
     order: RowOrder
@@ -87,7 +92,7 @@ class Weights:
         return torch.empty_like(heard_R).index_copy_(0, self._place_R, heard_R)
 
     def send_back(self, grad_R: torch.Tensor) -> torch.Tensor:
-        """Gradients of the weights, where the tokens are."""
+        """Gradients of the weights, where the tokens are; 0 for choices that were dropped."""
         sizes_PC = [*zip(*self._sizes_CP, strict=True)]
         sent, received = [*map(sum, sizes_PC)], self._received_P
         at_once = replace(self.mover, schedule="single")
@@ -96,11 +101,12 @@ class Weights:
         pieces = grad_n.split([size for sizes_C in sizes_PC for size in sizes_C])
         num_parts = len(self._sizes_CP)
         by_part = [piece for part in range(num_parts) for piece in pieces[part::num_parts]]
-        return torch.cat(by_part).to(self.weight_n.dtype)
+        grad = torch.zeros_like(self.weight)
+        return grad.index_add_(0, self.choice_n, torch.cat(by_part).to(grad.dtype))
 
     @cached_property
     def _place_R(self) -> torch.Tensor:
-        return self.order.by_source(self.weight_n.device)
+        return self.order.by_source(self.weight.device)
 
     @property
     def _sizes_CP(self) -> list[list[int]]:
@@ -114,7 +120,8 @@ class Weights:
     def _words(self) -> Words:
         wide = accumulation_dtype(self.dtype)
         words = wide.itemsize // 4
-        word_W = self.weight_n.detach().to(wide).contiguous().view(torch.int32)
+        weight_n = self.weight.detach().index_select(0, self.choice_n)
+        word_W = weight_n.to(wide).view(torch.int32)
         pieces = word_W.split([words * size for sizes_P in self._sizes_CP for size in sizes_P])
         num_ranks = len(self.sent_CPE[0])
         word_P = [torch.cat(pieces[rank::num_ranks]) for rank in range(num_ranks)]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 from tamoe import ExchangeError
 from tamoe.exchange import Exchange, Kind
+from tamoe.handle import Handle
 from tamoe.topology import Topology, run_ranks
 from tamoe.transfer import Transfer, Waiting
 from tamoe.waiting import Patience
@@ -74,26 +77,122 @@ def test_a_second_derivative_raises_and_is_not_left_out(kind: Kind) -> None:
 
 
 def experts_that_lose_the_graph(rank: int, kind: Kind) -> bool:
-    """Those of rank 3 have no rows and return new ones, those of rank 1 return detached ones."""
+    """Those of rank 3 have no rows and return new ones, those of rank 1 return detached ones.
+
+    What they return has no graph at all, or one that leads to their parameter alone.
+    """
     exchange, grads = Exchange(TREE, kind=kind, timeout_s=TIMEOUT_S), []
-    for lost in (True, False):
+    for lost in ("all", "rows", ""):
         x_TD, index_TK, weight_TK = given(rank)
+        two = torch.tensor(2.0, requires_grad=lost == "rows")
+        weight_TK = weight_TK.detach()  # they would keep the ranks together
         row_RD, handle = exchange.dispatch(x_TD, index_TK, weight_TK, num_experts=8)
         if rank == 3:
             assert not len(row_RD)
-            out_RD = torch.empty(0, 5) if lost else row_RD * 2
+            out_RD = (torch.empty(0, 5) if lost else row_RD) * two
         elif rank == 1:
-            out_RD = row_RD.detach() * 2 if lost else row_RD * 0 + row_RD.detach() * 2
+            out_RD = (row_RD.detach() if lost else row_RD * 0 + row_RD.detach()) * two
         else:
             out_RD = row_RD * 2
         exchange.combine(out_RD, handle).square().sum().backward()
-        grads.append((x_TD.grad, weight_TK.grad))
-    return all(map(torch.equal, *grads))
+        grads.append(x_TD.grad)
+    return all(torch.equal(grads[0], other) for other in grads[1:])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_experts_that_lose_the_graph_keep_no_rank_waiting(kind: Kind) -> None:
     assert run_ranks(4, experts_that_lose_the_graph, kind) == [True] * 4
+
+
+# ---- checkpoints and evaluations ----------------------------------------------------------------
+
+
+def noted(exchange: Exchange) -> list[int]:
+    """The parts of every dispatch from now on, also of those that a checkpoint leaves early."""
+    planner, parts = exchange._planner, []
+    num_parts = planner.num_parts
+
+    def noting(x_TD: torch.Tensor) -> int:
+        parts.append(num_parts(x_TD))
+        return parts[-1]
+
+    planner.num_parts = noting  # type: ignore[method-assign]
+    return parts
+
+
+def checkpointed(rank: int, kind: Kind, weighted: bool, combines: bool) -> list[list[int]]:
+    """Parts of every dispatch; gradients are those of the layer without a checkpoint.
+
+    The experts of rank 3 keep nothing for their backward pass, those of the others do. A checkpoint
+    is of the whole layer, or of all but combine.
+    """
+    grads, parts = [], []
+    for wrapped in (False, True):
+        exchange = Exchange(TREE, kind=kind, timeout_s=TIMEOUT_S)
+        parts.append(noted(exchange))
+
+        def experts(
+            x_TD: torch.Tensor,
+            weight_TK: torch.Tensor,
+            index_TK: torch.Tensor,
+            exchange: Exchange = exchange,
+        ) -> tuple[torch.Tensor, Handle]:
+            factor_TK = weight_TK.softmax(1) if weighted else None
+            row_RD, handle = exchange.dispatch(x_TD.tanh(), index_TK, factor_TK, num_experts=8)
+            return row_RD + 1 if rank == 3 else row_RD.exp(), handle
+
+        def layer(*inputs: torch.Tensor, exchange: Exchange = exchange) -> torch.Tensor:
+            return exchange.combine(*experts(*inputs))
+
+        def again(function: Callable[..., Any], *inputs: torch.Tensor) -> Any:
+            return checkpoint(function, *inputs, use_reentrant=False)
+
+        for step in range(2):
+            x_TD, index_TK, weight_TK = given(rank + 4 * step)
+            inputs = x_TD, weight_TK, index_TK
+            if not wrapped:
+                out_TD = layer(*inputs)
+            elif combines:
+                out_TD = again(layer, *inputs)
+            else:
+                out_TD = exchange.combine(*again(experts, *inputs))
+            out_TD.square().sum().backward()
+            grads.append((x_TD.grad, weight_TK.grad))
+    for plain, anew in zip(grads[:2], grads[2:], strict=True):
+        assert torch.equal(plain[0], anew[0])
+        assert torch.equal(plain[1], anew[1]) if weighted else anew[1] is None
+    return parts
+
+
+@pytest.mark.parametrize("combines", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_changes_no_gradient(kind: Kind, weighted: bool, combines: bool) -> None:
+    # What a checkpoint runs anew is another dispatch, in as many parts as suit the one before.
+    first = 6 if kind == "hierarchical" else 1
+    expected = [[first, 1], [first, 1, 1, 1]]
+    assert run_ranks(4, checkpointed, kind, weighted, combines) == [expected] * 4
+
+
+def evaluated_in_between(rank: int, kind: Kind) -> bool:
+    """Every second pass trains; the others have more tokens."""
+    exchange, grads = Exchange(TREE, kind=kind, timeout_s=TIMEOUT_S), []
+    for trains in (False, True, False, True):
+        with torch.inference_mode(not trains):
+            x_TD, index_TK, weight_TK = given(rank)
+            if not trains:
+                x_TD, index_TK, weight_TK = (t.repeat(99, 1) for t in (x_TD, index_TK, weight_TK))
+            row_RD, handle = exchange.dispatch(x_TD, index_TK, weight_TK, num_experts=8)
+            out_TD = exchange.combine(row_RD, handle)
+        if trains:
+            out_TD.square().sum().backward()
+            grads.append((x_TD.grad, weight_TK.grad))
+    return all(map(torch.equal, *grads))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_follows_evaluations_in_inference_mode(kind: Kind) -> None:
+    assert run_ranks(4, evaluated_in_between, kind) == [True] * 4
 
 
 # ---- failures -----------------------------------------------------------------------------------
