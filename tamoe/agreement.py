@@ -20,10 +20,15 @@ from tamoe.word_swap import word_swap
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Headers travel in a message of fixed size: ranks that disagree on the number of experts must
-# still be able to read each other. Up to 246 counts for a peer fit in beside the header; further
+# still be able to read each other. Up to 243 counts for a peer fit in beside the header; further
 # ones follow in a second message, whose size is agreed on by then.
 MESSAGE_WORDS = 256
-_FIELDS = ("dtype", "hidden_size", "top_k", "num_experts", "requires_grad", "weight_TK", "exchange")
+_LAYOUT = "topology_or_plan or placement"
+_FIELDS = (
+    *("dtype", "hidden_size", "top_k", "num_experts", "requires_grad", "weight_TK"),
+    *("kind", "schedule", "chunks", _LAYOUT),
+)
+_NAMES = {"kind": ("flat", "hierarchical", "none"), "schedule": ("single", "rounds")}
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,11 @@ class Header:
     top_k: int
     num_experts: int
     requires_grad: bool
-    weighted: int  # 0: no weights, 1: weights, 2: weights whose gradient has to travel
-    layout: int
+    weighted: int  # 0: no weights, 1: weights, 2: weights that need a gradient
+    kind: str
+    schedule: str
+    chunks: int
+    layout: int  # from layout_code
     num_tokens: int  # need not be equal
     problem: str | None = None
 
@@ -45,25 +53,21 @@ class Header:
         dtype = DTYPES.index(self.dtype) if self.dtype in DTYPES else -1
         sizes = [self.hidden_size, self.top_k, self.num_experts]
         flags = [int(self.requires_grad), self.weighted]
-        return [int(self.problem is not None), dtype, *sizes, *flags, self.layout, self.num_tokens]
+        ways = [_NAMES["kind"].index(self.kind), _NAMES["schedule"].index(self.schedule)]
+        ends = [self.chunks, self.layout, self.num_tokens]
+        return [int(self.problem is not None), dtype, *sizes, *flags, *ways, *ends]
 
 
 HEADER_WORDS = 3 + len(_FIELDS)  # the last: copies for other nodes, known on the device
 INLINE_COUNTS = MESSAGE_WORDS - HEADER_WORDS
 
 
-def layout_code(
-    kind: str,
-    schedule: str,
-    nodes: Nodes,
-    groups: Sequence[Sequence[int]],
-    rank_of_N: Sequence[int],
-) -> int:
-    """A number that differs, but for chance, between exchanges that cannot work together.
+def layout_code(nodes: Nodes, groups: Sequence[Sequence[int]], rank_of_N: Sequence[int]) -> int:
+    """A number that differs, but for chance, where ranks or experts are in other places.
 
     ``groups`` are those of the canonical sum: nodes, then switches of every level.
     """
-    text = repr((kind, schedule, nodes, [list(group) for group in groups], list(rank_of_N)))
+    text = repr((nodes, [list(group) for group in groups], list(rank_of_N)))
     return zlib.crc32(text.encode()) >> 1  # fits 32 bits with a sign
 
 
@@ -168,4 +172,6 @@ def _shown(name: str, value: int) -> str:
         return str(bool(value))
     if name == "weight_TK":
         return ("None", "given", "given, with gradient")[value]
-    return f"layout {value:08x}" if name == "exchange" else str(value)
+    if name in _NAMES:
+        return repr(_NAMES[name][value])
+    return f"layout {value:08x}" if name == _LAYOUT else str(value)

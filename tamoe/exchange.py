@@ -20,7 +20,7 @@ from tamoe.groups import (
     process_group,
     works_by_gloo,
 )
-from tamoe.handle import Asked, Handle, again_problem, input_problem, sort_keys
+from tamoe.handle import Asked, Handle, again_problem, device_problem, input_problem, sort_keys
 from tamoe.placement import Placement, contiguous, experts_problem, resolve_placement
 from tamoe.planning import Planner
 from tamoe.record import note_counts
@@ -49,7 +49,7 @@ class Exchange:
     round. A row is multiplied by its weight and rounded to the rows' dtype before it is added.
 
     A dispatch makes the host wait for the device once, for counts; twice where a rank has to be
-    told more than 246 of them (flat: E, the most experts that a rank has; hierarchical: E for each
+    told more than 243 of them (flat: E, the most experts that a rank has; hierarchical: E for each
     rank of a node and twice the nodes, for each part). The kernel sorts up to 12,288 experts times
     parts; beyond, PyTorch does, which waits, too. What follows, combine and the backward passes do
     not, given kernels (:mod:`tamoe.ops`). All ranks must call dispatch and combine, and
@@ -74,8 +74,9 @@ class Exchange:
         Every rank then needs an expert.
     schedule
         ``"single"``: all at once. ``"rounds"``: to one node after another, disjoint pairs; needs a
-        topology. ``"auto"``: rounds on gloo where there are several nodes, else single. The
-        hierarchical exchange always goes in rounds.
+        topology. ``"auto"``: what the cost model says of a Plan with measured constants, else
+        rounds on gloo where there are several nodes, and single. The hierarchical exchange always
+        goes in rounds.
     chunks
         Parts, >= 1, that the tokens of a hierarchical exchange travel in: while one crosses the
         links between nodes, the one before is worked on inside them. ``"auto"``: as many as suit
@@ -95,8 +96,8 @@ class Exchange:
         Unknown kind or schedule, a number out of range, a topology or Plan of other ranks than the
         group's, or a placement that is not the Plan's.
     ExchangeError
-        In dispatch, combine and backward: a rank died or did not answer in time. The message names
-        the exchange, the hop and the peers.
+        In dispatch, combine and backward, on gloo: a rank died or did not answer in time. The
+        message names the exchange, the hop and the peers.
 
     Examples
     --------
@@ -226,30 +227,27 @@ class Exchange:
         Raises
         ------
         InputError
-            On every rank, before rows move: a shape, dtype or index that is not allowed on one of
-            them, or dtype, hidden size, K, N, need for gradients, schedule, nodes, switches or
-            placement that differ.
+            On every rank, before rows move: a shape, dtype, device or index that is not allowed on
+            one of them, or dtype, hidden size, K, N, need for gradients (of tokens or weights),
+            kind, schedule, chunks, nodes, switches or placement that differ.
         """
         num_parts = self._planner.num_parts(x_TD)
         problem = input_problem(
             x_TD, expert_index_TK, weight_TK, num_experts, self.num_ranks, self.placement
-        )
-        # A rank that refuses its input never gets to compare layouts.
+        ) or device_problem(x_TD.device, self._mover.group)
+        # A rank that refuses its input never gets to compare experts and where they are.
         rank_of_N = () if problem else self.placement_of(num_experts).rank_of_N
         header = Header(
             dtype=x_TD.dtype,
             hidden_size=x_TD.shape[-1] if x_TD.ndim else 0,
             top_k=expert_index_TK.shape[-1] if expert_index_TK.ndim else 0,
-            num_experts=num_experts,
+            num_experts=0 if problem else num_experts,
             requires_grad=torch.is_grad_enabled() and x_TD.requires_grad,
-            weighted=self._weighted(weight_TK),
-            layout=layout_code(
-                f"{self.kind}/{num_parts}",
-                self.schedule,
-                self.nodes,
-                self._planner.groups,
-                rank_of_N,
-            ),
+            weighted=_weighted(weight_TK),
+            kind=self.kind,
+            schedule=self.schedule,
+            chunks=num_parts,
+            layout=layout_code(self.nodes, self._planner.groups, rank_of_N),
             num_tokens=len(x_TD) if x_TD.ndim else 0,
             problem=problem,
         )
@@ -359,19 +357,18 @@ class Exchange:
 
     # ---- what ranks agree on ------------------------------------------------------------------
 
-    def _weighted(self, weight_TK: torch.Tensor | None) -> int:
-        if weight_TK is None:
-            return 0
-        travels = self.kind == "hierarchical" and weight_TK.requires_grad
-        return 2 if travels and torch.is_grad_enabled() else 1
-
     def _refuse(self, header: Header, device: torch.device) -> None:
         """Raise the header's problem, after telling the other ranks of the group."""
         group = self._mover.group
         if group is not None:
-            by_gloo = works_by_gloo(group)
-            if device.type not in ("cpu", "cuda") or (device.type == "cpu" and not by_gloo):
-                device = torch.device("cpu" if by_gloo else "cuda")  # where the group works
+            if device_problem(device, group) is not None:
+                device = torch.device("cpu" if works_by_gloo(group) else "cuda")
             nothing_PW = torch.zeros(self.num_ranks, 2, dtype=torch.int64, device=device)
             exchange_counts(header, nothing_PW, nothing_PW[0], self._mover)
         raise InputError(header.problem)
+
+
+def _weighted(weight_TK: torch.Tensor | None) -> int:
+    if weight_TK is None:
+        return 0
+    return 2 if weight_TK.requires_grad and torch.is_grad_enabled() else 1

@@ -7,14 +7,19 @@ size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from tamoe.agreement import DTYPES, Header
 from tamoe.flat import FlatRoute
+from tamoe.groups import works_by_gloo
 from tamoe.hierarchical import RelayRoute
 from tamoe.host_table import table_on
 from tamoe.placement import Placement, experts_problem
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8)
 
@@ -99,6 +104,19 @@ def input_problem(
         if weight_TK.device != x_TD.device:
             return f"weight_TK is on {weight_TK.device}; allowed: that of x_TD, {x_TD.device}"
     return experts_problem(num_experts, num_ranks, placement)
+
+
+def device_problem(device: torch.device, group: dist.ProcessGroup | None) -> str | None:
+    """Why the group cannot move tokens that are on a device; None if it can.
+
+    >>> device_problem(torch.device("cpu"), None) is None
+    True
+    """
+    by_gloo = group is None or works_by_gloo(group)
+    allowed = ("cpu", "cuda") if by_gloo else ("cuda",)
+    if group is None or device.type in allowed:
+        return None
+    return f"x_TD is on {device}; allowed: {' or '.join(allowed)}, where the group's backend works"
 
 
 def again_problem(x_TD: torch.Tensor, handle: Handle) -> str | None:

@@ -93,10 +93,11 @@ def experts_problem(num_experts: int, num_ranks: int, placement: Placement | Non
             f"num_experts is {num_experts} and the exchange's placement has "
             f"{len(placement.rank_of_N)} experts; allowed: the same number"
         )
-    if placement is None and (num_experts < 1 or num_experts % num_ranks):
+    is_integer = hasattr(num_experts, "__index__")  # 8.0 would fail on this rank alone, later on
+    if placement is None and not (is_integer and num_experts > 0 and num_experts % num_ranks == 0):
         return (
-            f"num_experts is {num_experts}; allowed: a positive multiple of the group's "
-            f"{num_ranks} ranks, or any number with Exchange(placement=...)"
+            f"num_experts is {num_experts!r}; allowed: a positive multiple of the group's "
+            f"{num_ranks} ranks, or any number with Exchange(placement=...); an integer"
         )
     return None
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from tamoe.agreement import INLINE_COUNTS
 from tamoe.exchange import Exchange
-from tamoe.handle import input_problem
+from tamoe.handle import device_problem, input_problem
 from tamoe.record import record_exchanges
 from tamoe.topology import InputError, Topology, run_ranks
 
@@ -81,6 +81,9 @@ def test_nan_stays_with_its_token_and_dropped_weights_are_not_looked_at():
             "expert_index_TK is on meta; allowed: that of x_TD, cpu",
         ),
         ({"num_experts": 0}, "num_experts is 0; allowed: a positive multiple"),
+        ({"num_experts": 8.0}, "num_experts is 8.0; allowed: a positive multiple.*; an integer"),
+        ({"num_experts": "8"}, "num_experts is '8'; allowed: a positive multiple.*; an integer"),
+        ({"num_experts": None}, "num_experts is None; allowed: a positive multiple"),
     ],
 )
 def test_bad_input_is_named(change, match):
@@ -102,6 +105,15 @@ def test_more_choices_than_32_bits_count_are_refused():
         x_TD, torch.empty(2**30, 2, dtype=torch.int8, device="meta"), None, 1, 1
     )
     assert problem is not None and "2147483648 choices; allowed: fewer than 2^31" in problem
+
+
+def test_tokens_must_be_where_the_backend_works():
+    group: Any = object()
+    for by_gloo, device, allowed in ((True, "meta", "cpu or cuda"), (False, "cpu", "cuda")):
+        with mock.patch("tamoe.handle.works_by_gloo", return_value=by_gloo):
+            problem = device_problem(torch.device(device), group)
+            assert problem is not None and f"x_TD is on {device}; allowed: {allowed}," in problem
+            assert device_problem(torch.device("cuda"), group) is None
 
 
 def test_bad_construction_is_named():
@@ -208,12 +220,17 @@ def refusals(topology: Topology) -> list[str]:
         levels: str = "",
         ndim: int = 2,
         device: str = "cpu",
+        weight_grad: bool = False,
+        kind: Any = "auto",
+        chunks: Any = "auto",
     ) -> None:
         shape = [3] * (ndim - 1) + [hidden_size]
         x_TD = torch.ones(shape, dtype=dtype, device=device, requires_grad=grad)
         index_TK = torch.full((3, top_k), index)
-        weight_TK = torch.ones(3, top_k) if weighted else None
-        chosen = exchange if schedule == "auto" else Exchange(topology, schedule=schedule)
+        weight_TK = torch.ones(3, top_k, requires_grad=weight_grad) if weighted else None
+        chosen = exchange
+        if (schedule, kind) != ("auto", "auto"):
+            chosen = Exchange(topology, kind=kind, schedule=schedule, chunks=chunks)
         chosen = Exchange(tree(levels)) if levels else chosen
         chosen.dispatch(x_TD, index_TK, weight_TK, num_experts=num_experts)
 
@@ -231,11 +248,16 @@ def refusals(topology: Topology) -> list[str]:
         {"levels": "[[2,2],[2,2]]"},  # the same nodes, under other switches
         {"ndim": 3},
         {"device": "meta"},
+        {"num_experts": 8.0},
+        {"weight_grad": True},
+        {"kind": "hierarchical"},
+        {"kind": "hierarchical", "chunks": 4},
     ]
     told = []
-    for change in changes:
+    for number, change in enumerate(changes):
+        others = {"kind": "hierarchical", "chunks": 3} if number + 1 == len(changes) else {}
         try:
-            call(**(change if rank == 2 else {}))
+            call(**(change if rank == 2 else others))
             told.append("nothing")
         except InputError as error:
             told.append(str(error))
@@ -314,16 +336,21 @@ def test_a_rank_that_differs_is_named_on_every_rank(answers):
         "rank 2 of the group refused its input",
         f"requires_grad differs .*: False on {others}; True on rank 2",
         f"weight_TK differs .*: given on {others}; None on rank 2",
-        f"exchange differs .*: layout .* on {others}; layout .* on rank 2",
-        f"exchange differs .*: layout .* on {others}; layout .* on rank 2",
+        f"schedule differs .*: 'rounds' on {others}; 'single' on rank 2",
+        f"topology_or_plan or placement differs .*: layout .* on {others}; layout .* on rank 2",
         "rank 2 of the group refused its input",
         "rank 2 of the group refused its input",
+        "rank 2 of the group refused its input",
+        f"weight_TK differs .*: given on {others}; given, with gradient on rank 2",
+        f"kind differs .*: 'flat' on {others}; 'hierarchical' on rank 2",
+        f"chunks differs .*: 3 on {others}; 4 on rank 2",
     ]
     own = {
         5: "num_experts is 12; allowed: a positive multiple",
         6: "expert_index_TK holds 8 to 8; allowed: 0 to 7",
         11: "x_TD is torch.float32 of shape",
         12: "expert_index_TK is on cpu; allowed: that of x_TD, meta",
+        13: "num_experts is 8.0; allowed: a positive multiple",
     }
     for rank, answer in enumerate(answers):
         for number, (match, text) in enumerate(zip(expected, answer["told"], strict=True)):

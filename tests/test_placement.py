@@ -300,7 +300,9 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[s
 @pytest.mark.ranks
 @pytest.mark.slow
 def test_ranks_that_differ_in_placement_are_told(answers) -> None:
-    differs = r"exchange differs .*: layout .* on rank 0, 1, 3; layout .* on rank 2"
+    differs = (
+        r"topology_or_plan or placement differs .*: layout .* on rank 0, 1, 3; layout .* on rank 2"
+    )
     expected = {
         "other place": differs,
         "none there": differs,
