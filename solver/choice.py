@@ -22,7 +22,7 @@ from tamoe.solver.constants import (
     constants_of,
     read_constants,
 )
-from tamoe.solver.exchange_cost import predict
+from tamoe.solver.exchange_cost import in_ms, predict
 from tamoe.solver.exchange_rows import ALL_WAYS, EXCHANGES, KEYS, WAYS, rows_of_group
 from tamoe.solver.relays import Relays, make_relays, sum_groups
 from tamoe.solver.workload import Workload
@@ -187,10 +187,12 @@ def choose_exchange(
     }
     seconds = {str(name): sum(way.time_s for way in ways[name]) for name in ways}
     best = min(ways, key=lambda name: seconds[name])
-    times = ", ".join(f"{name} {value * 1e3:.3g} ms" for name, value in seconds.items())
+    times = ", ".join(f"{name} {in_ms(value)} ms" for name, value in seconds.items())
     label = "simulated, constants measured" if measured else "simulated"
-    if not measured and seconds["hierarchical"] > (1 - LEAST_GAIN) * seconds["flat rounds"]:
+    least_s = (1 - LEAST_GAIN) * seconds["flat rounds"]
+    if not measured and best == "hierarchical" and seconds[best] > least_s:
         best = "flat rounds"
+        label += f"; a gain below {LEAST_GAIN:.0%} counts only with measured constants"
     busiest = max(ways[best], key=lambda way: way.time_s).bottleneck
     return Choice(
         "hierarchical" if best == "hierarchical" else "flat",

@@ -87,7 +87,7 @@ def predict(
     >>> rows = Rows((0, 1), [np.array([[0, 2e9], [1e9, 0]])])
     >>> predicted = predict(topology, "flat rounds", "dispatch", [rows])
     >>> round(predicted.time_s, 2), predicted.bottleneck
-    (2.0, 'downlink of node 1, 2e+03 ms of 2e+03')
+    (2.0, 'downlink of node 1, 1999 ms of 1999')
     """
     for name, value, allowed in (("exchange", exchange, EXCHANGES), ("way", way, ALL_WAYS)):
         if value not in allowed:
@@ -133,7 +133,16 @@ def _bottleneck(topology: Topology, time_s: float, busy_s: Mapping[tuple[str, st
     for way, nic, other in (("uplink", source, target), ("downlink", target, source)):
         if vertices[nic].get("kind") == "nic" and vertices[other].get("kind") != "device":
             name = f"{way} of node {vertices[nic].get('node', nic)}"
-    return f"{name}, {busy_s[busiest] * 1e3:.3g} ms of {time_s * 1e3:.3g}"
+    return f"{name}, {in_ms(busy_s[busiest])} ms of {in_ms(time_s)}"
+
+
+def in_ms(seconds: float) -> str:
+    """Milliseconds with three digits, or all before the point.
+
+    >>> in_ms(0.0123456), in_ms(12.3456)
+    ('12.3', '12346')
+    """
+    return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}"
 
 
 class _Work:

@@ -231,6 +231,9 @@ class Exchange:
             one of them, or dtype, hidden size, K, N, need for gradients (of tokens or weights),
             kind, schedule, chunks, nodes, switches or placement that differ.
         """
+        _require_tensors(x_TD=x_TD, expert_index_TK=expert_index_TK)
+        if weight_TK is not None:
+            _require_tensors(weight_TK=weight_TK)
         num_parts = self._planner.num_parts(x_TD)
         problem = input_problem(
             x_TD, expert_index_TK, weight_TK, num_experts, self.num_ranks, self.placement
@@ -347,6 +350,9 @@ class Exchange:
         InputError
             On this rank alone: the rows' shape or dtype is not that of the dispatched rows.
         """
+        _require_tensors(row_RD=row_RD)
+        if not isinstance(handle, Handle):
+            raise InputError(f"handle is {type(handle).__name__}; allowed: what dispatch returned")
         expected = (sum(handle.counts_E), handle.hidden_size)
         if tuple(row_RD.shape) != expected or row_RD.dtype != handle.dtype:
             raise InputError(
@@ -366,6 +372,12 @@ class Exchange:
             nothing_PW = torch.zeros(self.num_ranks, 2, dtype=torch.int64, device=device)
             exchange_counts(header, nothing_PW, nothing_PW[0], self._mover)
         raise InputError(header.problem)
+
+
+def _require_tensors(**values: object) -> None:
+    for name, value in values.items():
+        if not isinstance(value, torch.Tensor):
+            raise InputError(f"{name} is {type(value).__name__}; allowed: torch.Tensor")
 
 
 def _weighted(weight_TK: torch.Tensor | None) -> int:

@@ -136,6 +136,11 @@ def group_topology(topology_or_plan: Any, group: ProcessGroup | None) -> Topolog
     True
     """
     topology: Topology | None = getattr(topology_or_plan, "topology", topology_or_plan)
+    if topology is not None and not hasattr(topology, "num_ranks"):
+        raise InputError(
+            f"topology_or_plan is {type(topology_or_plan).__name__}; allowed: Topology, Plan or "
+            f"None. Files are read by Topology.load and Plan.load"
+        )
     num_ranks = group_size(group)
     workload = getattr(topology_or_plan, "workload", None)
     groups = () if workload is None else workload.groups(topology_or_plan.topology.num_ranks)

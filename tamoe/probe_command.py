@@ -24,7 +24,8 @@ _LAUNCHERS = (  # what srun, Open MPI and PMI launchers call rank, world size an
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
 )
 TORCHRUN_LINE = (
-    "torchrun --nnodes N --nproc-per-node GPUS --rdzv-endpoint HOST:29500 -m tamoe probe -o FILE"
+    "torchrun --nnodes N --nproc-per-node GPUS --rdzv-backend c10d --rdzv-endpoint HOST:29500 "
+    "-m tamoe probe -o FILE"
 )
 
 

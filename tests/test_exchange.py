@@ -66,6 +66,9 @@ def test_nan_stays_with_its_token_and_dropped_weights_are_not_looked_at():
 @pytest.mark.parametrize(
     ("change", "match"),
     [
+        ({"x": [[1.0]]}, "x_TD is list; allowed: torch.Tensor"),
+        ({"index": None}, "expert_index_TK is NoneType; allowed: torch.Tensor"),
+        ({"weight": 1.0}, "weight_TK is float; allowed: torch.Tensor"),
         ({"x": torch.zeros(2, 3, 4)}, r"x_TD is torch.float32 of shape \(2, 3, 4\); allowed"),
         ({"x": torch.zeros(2, 3, dtype=torch.int64)}, "x_TD is torch.int64.*allowed: .*float32"),
         ({"index": torch.zeros(3, 2, dtype=torch.int64)}, r"expert_index_TK has shape \(3, 2\)"),
@@ -128,6 +131,12 @@ def test_bad_construction_is_named():
     row_RD, handle = Exchange().dispatch(
         torch.ones(1, 2), torch.zeros(1, 1, dtype=torch.int64), num_experts=1
     )
+    with pytest.raises(InputError, match="topology_or_plan is str; allowed: Topology, Plan"):
+        Exchange("plan.json")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="handle is NoneType; allowed: what dispatch returned"):
+        Exchange().combine(row_RD, None)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"row_RD is list; allowed: torch\.Tensor"):
+        Exchange().combine([1.0], handle)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"row_RD is torch.float64 of shape \(1, 2\); allowed: to"):
         Exchange().combine(row_RD.double(), handle)
     for timeout_s in (0, -1.0, float("inf"), float("nan"), "60", True):
