@@ -367,8 +367,9 @@ class Exchange:
         """Raise the header's problem, after telling the other ranks of the group."""
         group = self._mover.group
         if group is not None:
-            if device_problem(device, group) is not None:
-                device = torch.device("cpu" if works_by_gloo(group) else "cuda")
+            by_gloo = works_by_gloo(group)
+            if device.type not in ("cpu", "cuda") or (device.type == "cpu" and not by_gloo):
+                device = torch.device("cpu" if by_gloo else "cuda")  # where the group works
             nothing_PW = torch.zeros(self.num_ranks, 2, dtype=torch.int64, device=device)
             exchange_counts(header, nothing_PW, nothing_PW[0], self._mover)
         raise InputError(header.problem)

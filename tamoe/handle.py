@@ -112,11 +112,9 @@ def device_problem(device: torch.device, group: dist.ProcessGroup | None) -> str
     >>> device_problem(torch.device("cpu"), None) is None
     True
     """
-    by_gloo = group is None or works_by_gloo(group)
-    allowed = ("cpu", "cuda") if by_gloo else ("cuda",)
-    if group is None or device.type in allowed:
+    if group is None or device.type != "cpu" or works_by_gloo(group):
         return None
-    return f"x_TD is on {device}; allowed: {' or '.join(allowed)}, where the group's backend works"
+    return "x_TD is on cpu; allowed: cuda, as the group has no backend for the CPU"
 
 
 def again_problem(x_TD: torch.Tensor, handle: Handle) -> str | None:
