@@ -75,8 +75,8 @@ class Exchange:
     schedule
         ``"single"``: all at once. ``"rounds"``: to one node after another, disjoint pairs; needs a
         topology. ``"auto"``: what the cost model says of a Plan with measured constants, else
-        rounds on gloo where there are several nodes, and single. The hierarchical exchange always
-        goes in rounds.
+        rounds on gloo where there are several nodes, and single elsewhere. The hierarchical
+        exchange always goes in rounds.
     chunks
         Parts, >= 1, that the tokens of a hierarchical exchange travel in: while one crosses the
         links between nodes, the one before is worked on inside them. ``"auto"``: as many as suit
@@ -229,7 +229,8 @@ class Exchange:
         InputError
             On every rank, before rows move: a shape, dtype, device or index that is not allowed on
             one of them, or dtype, hidden size, K, N, need for gradients (of tokens or weights),
-            kind, schedule, chunks, nodes, switches or placement that differ.
+            kind, schedule, chunks, nodes, switches or placement that differ. What is no tensor at
+            all is refused on its own rank alone.
         """
         _require_tensors(x_TD=x_TD, expert_index_TK=expert_index_TK)
         if weight_TK is not None:
