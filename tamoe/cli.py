@@ -121,7 +121,7 @@ def probe(
     Examples:
 
       torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m tamoe
-      probe -o t.json
+    probe -o t.json
 
       tamoe probe --cluster '4x2:200mbit;node2=50mbit' -o t.json
     """

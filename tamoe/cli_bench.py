@@ -48,7 +48,7 @@ def bench_exchange(
       tamoe bench exchange --cluster 2x4:200mbit
 
       torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m tamoe
-      bench exchange --topology topology.json
+    bench exchange --topology topology.json
     """
     from tamoe.bench_command import print_scores, run_bench
 
