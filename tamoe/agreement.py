@@ -39,7 +39,7 @@ class Header:
     hidden_size: int
     top_k: int
     num_experts: int
-    requires_grad: bool
+    requires_grad: int  # 0: gradients are off, 1: tokens need none, 2: they need some
     weighted: int  # 0: no weights, 1: weights, 2: weights that need a gradient
     kind: str
     schedule: str
@@ -52,7 +52,7 @@ class Header:
         """The fields as integers, the status first."""
         dtype = DTYPES.index(self.dtype) if self.dtype in DTYPES else -1
         sizes = [self.hidden_size, self.top_k, self.num_experts]
-        flags = [int(self.requires_grad), self.weighted]
+        flags = [self.requires_grad, self.weighted]
         ways = [_NAMES["kind"].index(self.kind), _NAMES["schedule"].index(self.schedule)]
         ends = [self.chunks, self.layout, self.num_tokens]
         return [int(self.problem is not None), dtype, *sizes, *flags, *ways, *ends]
@@ -131,6 +131,17 @@ def exchange_counts(
     return sent_PW, received_PW, tokens_P, copies_P, note
 
 
+def true_anywhere(value: bool, like: torch.Tensor, mover: Mover) -> bool:
+    """Whether a value is true on any rank of the group; all ranks call it, and their hosts wait.
+
+    ``like`` is on the device that the group works on.
+    """
+    if mover.group is None:
+        return value
+    word_P1 = like.new_full((mover.group.size(), 1), int(value), dtype=torch.int32)
+    return bool(word_swap(mover.group, mover.rank).swap(word_P1, mover.patience).any())
+
+
 def _rows(values: list[int], size: int) -> list[list[int]]:
     return [values[start : start + size] for start in range(0, len(values), size)]
 
@@ -169,7 +180,7 @@ def _shown(name: str, value: int) -> str:
     if name == "dtype":
         return str(DTYPES[value])
     if name == "requires_grad":
-        return str(bool(value))
+        return ("gradients off", "False", "True")[value]
     if name == "weight_TK":
         return ("None", "given", "given, with gradient")[value]
     if name in _NAMES:

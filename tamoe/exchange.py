@@ -52,8 +52,10 @@ class Exchange:
     told more than 243 of them (flat: E, the most experts that a rank has; hierarchical: E for each
     rank of a node and twice the nodes, for each part). The kernel sorts up to 12,288 experts times
     parts; beyond, PyTorch does, which waits, too. What follows, combine and the backward passes do
-    not, given kernels (:mod:`tamoe.ops`). All ranks must call dispatch and combine, and
-    run backward, equally often and in the same order, also ranks without tokens.
+    not, given kernels (:mod:`tamoe.ops`), but for combine where gradients are on and neither tokens
+    nor weights need any: there ranks ask each other whether experts train. All ranks must call
+    dispatch and combine, and run backward, equally often and in the same order, also ranks without
+    tokens.
 
     Parameters
     ----------
@@ -246,7 +248,7 @@ class Exchange:
             hidden_size=x_TD.shape[-1] if x_TD.ndim else 0,
             top_k=expert_index_TK.shape[-1] if expert_index_TK.ndim else 0,
             num_experts=0 if problem else num_experts,
-            requires_grad=torch.is_grad_enabled() and x_TD.requires_grad,
+            requires_grad=torch.is_grad_enabled() * (1 + x_TD.requires_grad),
             weighted=_weighted(weight_TK),
             kind=self.kind,
             schedule=self.schedule,
@@ -280,7 +282,7 @@ class Exchange:
             dtype=x_TD.dtype,
             device=x_TD.device,
             grad_enabled=torch.is_grad_enabled(),
-            requires_grad=header.requires_grad,
+            requires_grad=header.requires_grad == 2,
             sent_counts_N=tuple(sent_N),
             received_counts_PE=tuple(tuple(counts[:num_local]) for counts in received_PE),
             route=route,
@@ -360,7 +362,7 @@ class Exchange:
                 f"row_RD is {row_RD.dtype} of shape {tuple(row_RD.shape)}; allowed: {handle.dtype} "
                 f"of shape {expected}, as dispatched. Experts must keep shape and dtype"
             )
-        return handle.route.combine(row_RD, handle.weight, handle.anchor_0D)
+        return handle.route.combine(row_RD, handle.weight, handle.anchor_beside(row_RD))
 
     # ---- what ranks agree on ------------------------------------------------------------------
 

@@ -57,24 +57,17 @@ class FeedForward(nn.Module):
 
 
 class NoExperts(nn.Module):
-    """What a rank without experts runs, so that it takes part in the backward pass of an exchange.
-
-    Its parameter has no elements; like the experts' it makes the rows need a gradient, and freezing
-    it stops that. Freeze it where the experts of other ranks are frozen.
+    """What a rank without experts runs.
 
     Examples
     --------
-    >>> NoExperts()(torch.zeros(0, 4), torch.tensor([])).requires_grad
-    True
+    >>> NoExperts()(torch.zeros(0, 4), torch.tensor([])).shape
+    torch.Size([0, 4])
     """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.anchor_E1 = nn.Parameter(torch.empty(0, 1))
 
     def forward(self, row_RD: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
         """The rows, of which there are none."""
-        return row_RD + self.anchor_E1.to(row_RD.dtype)
+        return row_RD
 
 
 class GroupedFeedForward(nn.Module):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tamoe.agreement import DTYPES, Header
+from tamoe.agreement import DTYPES, Header, true_anywhere
 from tamoe.flat import FlatRoute
 from tamoe.groups import works_by_gloo
 from tamoe.hierarchical import RelayRoute
@@ -35,7 +35,7 @@ class Handle:
     hidden_size: int
     dtype: torch.dtype
     device: torch.device
-    grad_enabled: bool
+    grad_enabled: bool  # the same on all ranks
     requires_grad: bool  # of the tokens where gradients were on, the same on all ranks
     sent_counts_N: tuple[int, ...]  # rows of this rank for each expert, as routed
     received_counts_PE: tuple[tuple[int, ...], ...]  # rows by source rank and local expert
@@ -47,6 +47,19 @@ class Handle:
     def counts_E(self) -> tuple[int, ...]:
         """Rows for each expert of this rank."""
         return tuple(sum(column) for column in zip(*self.received_counts_PE, strict=True))
+
+    def anchor_beside(self, row_RD: torch.Tensor) -> torch.Tensor:
+        """What combine is to get beside the rows, so that all ranks run its backward pass or none.
+
+        Where only experts may train, the ranks ask each other whether any does: a backward pass
+        moves gradients through ranks whose own experts are frozen, too.
+        """
+        weights_train = self.weight is not None and self.weight.requires_grad
+        if not self.grad_enabled or self.requires_grad or weights_train:  # so on all ranks
+            return self.anchor_0D
+        if not true_anywhere(row_RD.requires_grad, row_RD, self.route.mover):
+            return self.anchor_0D
+        return torch.empty_like(self.anchor_0D).requires_grad_()
 
 
 @dataclass(frozen=True, eq=False)

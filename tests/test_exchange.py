@@ -232,6 +232,7 @@ def refusals(topology: Topology) -> list[str]:
         weight_grad: bool = False,
         kind: Any = "auto",
         chunks: Any = "auto",
+        gradients: bool = True,
     ) -> None:
         shape = [3] * (ndim - 1) + [hidden_size]
         x_TD = torch.ones(shape, dtype=dtype, device=device, requires_grad=grad)
@@ -241,7 +242,8 @@ def refusals(topology: Topology) -> list[str]:
         if (schedule, kind) != ("auto", "auto"):
             chosen = Exchange(topology, kind=kind, schedule=schedule, chunks=chunks)
         chosen = Exchange(tree(levels)) if levels else chosen
-        chosen.dispatch(x_TD, index_TK, weight_TK, num_experts=num_experts)
+        with torch.set_grad_enabled(gradients):
+            chosen.dispatch(x_TD, index_TK, weight_TK, num_experts=num_experts)
 
     changes: list[dict[str, Any]] = [
         {"dtype": torch.float64},
@@ -259,6 +261,7 @@ def refusals(topology: Topology) -> list[str]:
         {"device": "meta"},
         {"num_experts": 8.0},
         {"weight_grad": True},
+        {"gradients": False},
         {"kind": "hierarchical"},
         {"kind": "hierarchical", "chunks": 4},
     ]
@@ -351,6 +354,7 @@ def test_a_rank_that_differs_is_named_on_every_rank(answers):
         "rank 2 of the group refused its input",
         "rank 2 of the group refused its input",
         f"weight_TK differs .*: given on {others}; given, with gradient on rank 2",
+        f"requires_grad differs .*: False on {others}; gradients off on rank 2",
         f"kind differs .*: 'flat' on {others}; 'hierarchical' on rank 2",
         f"chunks differs .*: 3 on {others}; 4 on rank 2",
     ]

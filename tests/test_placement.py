@@ -48,7 +48,7 @@ def test_every_expert_has_a_slot_of_its_rank_in_the_order_of_numbers(case) -> No
 def test_bad_placements_are_named() -> None:
     for placement, match in (
         ([0, 1], r"placement\[1\] is 1; allowed: 0 to 0"),
-        ([0, 0.5], r"placement\[1\] is 0.5; allowed: 0 to 0"),
+        ([0, 0.5], r"placement\[1\] is 0.5; allowed: a whole number, 0 to 0"),
         ([], r"placement is \[\]; allowed: the rank of each expert, at least one"),
         (3, r"placement is 3; allowed: the rank of each expert, at least one"),
     ):

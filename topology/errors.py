@@ -79,7 +79,8 @@ def whole(name: str, value: object, low: int, high: int | None = None) -> int:
             raise TypeError
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        number = low - 1
+        limits = f" >= {low}" if high is None else f", {low} to {high}"
+        raise InputError(f"{name} is {value!r}; allowed: a whole number{limits}") from None
     if number < low or (high is not None and number > high):
         allowed = f"a whole number >= {low}" if high is None else f"{low} to {high}"
         raise InputError(f"{name} is {value!r}; allowed: {allowed}")
