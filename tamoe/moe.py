@@ -16,9 +16,10 @@ from torch import nn
 from tamoe.exchange import Exchange
 from tamoe.experts import NoExperts
 from tamoe.groups import process_group
+from tamoe.overlap import run_overlapped
 from tamoe.routing import Routing
 from tamoe.scope import mark_scope
-from tamoe.topology.errors import InputError
+from tamoe.topology.errors import InputError, whole
 
 if TYPE_CHECKING:
     from tamoe.groups import Group
@@ -66,6 +67,10 @@ class MoE(nn.Module):
         ProcessGroup, 1-D DeviceMesh, or None for the default group, or for that of ``exchange``.
     exchange
         An :class:`Exchange`, or the kind of one to make.
+    overlap
+        Pieces, >= 1, that the tokens of a call go in, the same on all ranks: the experts work on
+        one while others are on the links (:mod:`tamoe.overlap`). Each piece costs its messages and
+        a smaller matrix product, so 2 is the one to try first, where experts take as long as rows.
     device, dtype
         Where to put gate and experts; None leaves them.
 
@@ -101,6 +106,7 @@ class MoE(nn.Module):
         num_experts: int,
         group: Group = None,
         exchange: Exchange | Literal["auto", "flat", "none"] = "auto",
+        overlap: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -112,7 +118,7 @@ class MoE(nn.Module):
             raise InputError(
                 f"num_experts is {num_experts} and the gate has {of_gate}; allowed: the same number"
             )
-        self.num_experts = num_experts
+        self.num_experts, self.overlap = num_experts, whole("overlap", overlap, 1)
         self.expert_numbers = placement.experts_PE[self.exchange.rank]  # global ones, ascending
         self.gate = gate
         self.experts = mark_scope(self._make_experts(experts), "expert")
@@ -173,10 +179,19 @@ class MoE(nn.Module):
             )
         if torch.is_autocast_enabled(x.device.type):
             x_TD = x_TD.to(torch.get_autocast_dtype(x.device.type))
-        row_RD, handle = self.exchange.dispatch(
-            x_TD, routing.expert_index_TK, routing.weight_TK, num_experts=self.num_experts
-        )
-        hidden_TD = self.exchange.combine(self._run_experts(row_RD, handle.counts_E), handle)
+        given = x_TD, routing.expert_index_TK, routing.weight_TK
+        if self.overlap == 1:
+            row_RD, handle = self.exchange.dispatch(*given, num_experts=self.num_experts)
+            hidden_TD = self.exchange.combine(self._run_experts(row_RD, handle.counts_E), handle)
+        else:
+            hidden_TD = run_overlapped(
+                self.exchange,
+                self._run_experts,
+                tuple(self.experts.parameters()),
+                *given,
+                num_experts=self.num_experts,
+                num_pieces=self.overlap,
+            )
         return MoEOutput(hidden_TD.reshape(x.shape), routing.aux_loss, routing)
 
     def _run_experts(self, row_RD: torch.Tensor, counts_E: tuple[int, ...]) -> torch.Tensor:

@@ -1,0 +1,270 @@
+"""Experts at work while rows are on the links: the same results, whatever the pieces."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings, strategies as st
+from torch import nn
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.utils.checkpoint import checkpoint
+
+from tamoe import MoE, NaiveGate
+from tamoe.exchange import Exchange, Kind
+from tamoe.experts import FeedForward, GroupedFeedForward
+from tamoe.overlap import run_overlapped
+from tamoe.record import PHASES, record_exchanges
+from tamoe.routing import Routing
+from tamoe.topology import Topology, run_ranks
+from tamoe.topology.errors import InputError
+
+KINDS: tuple[Kind, ...] = ("flat", "hierarchical")
+TREE = Topology.from_tree("2x2", bandwidth_bytes_per_s=(1e9, 1e9))
+TIMEOUT_S = 30.0
+
+
+def layer(exchange: Exchange, overlap: int, experts: Any = None, **options: Any) -> MoE:
+    """The same weights whatever the overlap, in float64."""
+    torch.manual_seed(5)
+    gate = NaiveGate(6, 8, top_k=3, scope="shared")
+    experts = experts or partial(FeedForward, 6, 7)
+    made = MoE(gate, experts, num_experts=8, exchange=exchange, overlap=overlap, **options)
+    return made.double()
+
+
+def tokens(rank: int, count: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(rank)
+    return torch.randn(count, 6, dtype=torch.float64, generator=generator)
+
+
+def step(moe: MoE, x_TD: torch.Tensor, again: bool = False) -> list[torch.Tensor | None]:
+    """Output and all gradients."""
+    moe.zero_grad()
+    hidden_TD = checkpoint(lambda x: moe(x).hidden, x_TD, use_reentrant=False) if again else None
+    hidden_TD = moe(x_TD).hidden if hidden_TD is None else hidden_TD
+    hidden_TD.square().sum().backward()
+    return [hidden_TD.detach(), x_TD.grad, *(p.grad for p in moe.parameters())]
+
+
+def alike(ours: list[torch.Tensor | None], others: list[torch.Tensor | None]) -> bool:
+    """Equal but for how products of other sizes round; None where the other is."""
+    pairs = list(zip(ours, others, strict=True))
+    return all(
+        a is b if a is None or b is None else torch.allclose(a, b, rtol=1e-12, atol=1e-12)
+        for a, b in pairs
+    )
+
+
+# ---- one rank -----------------------------------------------------------------------------------
+
+
+@given(count=st.integers(0, 9), overlap=st.integers(2, 5), grouped=st.booleans())
+@settings(deadline=None, max_examples=25)
+def test_pieces_change_nothing(count: int, overlap: int, grouped: bool) -> None:
+    results = []
+    for pieces in (1, overlap):
+        experts = GroupedFeedForward(8, 6, 7) if grouped else None
+        x_TD = tokens(0, count).requires_grad_()
+        results.append(step(layer(Exchange(), pieces, experts), x_TD))
+    assert alike(*results)
+
+
+def test_gradcheck() -> None:
+    moe = layer(Exchange(), 3)
+    assert torch.autograd.gradcheck(lambda x: moe(x).hidden, (tokens(0, 5).requires_grad_(),))
+
+
+def test_a_second_derivative_raises() -> None:
+    x_TD = tokens(0, 4).requires_grad_()
+    (grad_TD,) = torch.autograd.grad(
+        layer(Exchange(), 2)(x_TD).hidden.sum(), x_TD, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad_TD.square().sum().backward()
+
+
+def test_nothing_to_train_makes_no_graph() -> None:
+    moe = layer(Exchange(), 2).requires_grad_(False)
+    assert not moe(tokens(0, 4)).hidden.requires_grad
+    with torch.inference_mode():
+        assert not moe(tokens(0, 4)).hidden.requires_grad
+
+
+def test_graphs_are_kept_as_long_as_others_are() -> None:
+    class Noting(nn.Module):
+        def forward(self, row_RD: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+            rows.append(weakref.ref(row_RD))
+            return row_RD.exp()
+
+    rows: list[weakref.ref[torch.Tensor]] = []
+    x_TD = tokens(0, 4).requires_grad_()
+    loss = layer(Exchange(), 2, Noting())(x_TD).hidden.square().sum()
+    grads = [torch.autograd.grad(loss, x_TD, retain_graph=again)[0] for again in (True, False)]
+    assert torch.equal(*grads)
+    assert len(rows) == 2 and not any(row() is not None for row in rows)  # though loss is here
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_hooks_of_parameters_run_once() -> None:
+    """As whoever reduces gradients over ranks needs it."""
+    moe, seen = layer(Exchange(), 3), []
+    for parameter in moe.parameters():
+        parameter.register_post_accumulate_grad_hook(seen.append)
+    step(moe, tokens(0, 9))
+    assert len(seen) == len(list(moe.parameters()))
+
+
+@pytest.mark.parametrize("overlap", [0, 1.5, "2"])
+def test_overlap_is_refused_by_name(overlap: Any) -> None:
+    with pytest.raises(InputError, match=r"overlap is .*; allowed: a whole number >= 1"):
+        layer(Exchange(), overlap)
+
+
+def test_experts_that_fail_raise() -> None:
+    class Failing(nn.Module):
+        def forward(self, row_RD: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+            raise ValueError("no more")
+
+    before = threading.active_count()
+    with pytest.raises(ValueError, match="no more"):
+        layer(Exchange(), 2, Failing())(tokens(0, 4))
+    assert threading.active_count() == before
+
+
+# ---- ranks --------------------------------------------------------------------------------------
+
+
+def trained(rank: int, kind: Kind) -> list[str]:
+    """What differs from a layer that does not overlap."""
+    wrong = []
+    exchange = Exchange(TREE, kind=kind, timeout_s=TIMEOUT_S)
+    plain = layer(exchange, 1)
+    for overlap in (2, 3):
+        moe = layer(exchange, overlap)
+        for counts in ([9, 9, 9, 9], [1, 0, 12, 5], [0, 0, 0, 0]):
+            for what in ("all", "no tokens", "experts alone", "experts of some", "checkpoint"):
+                for one in (plain, moe):
+                    one.requires_grad_(True)
+                    one.gate.requires_grad_("experts" not in what)
+                    one.experts.requires_grad_(what != "experts of some" or rank in (1, 2))
+                needs = what in ("all", "checkpoint")
+                given_TD = [tokens(rank, counts[rank]).requires_grad_(needs) for _ in range(2)]
+                again = what == "checkpoint"
+                ours, others = step(moe, given_TD[0], again), step(plain, given_TD[1], again)
+                wrong += [] if alike(ours, others) else [f"{overlap}, {counts}, {what}"]
+    return wrong
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("kind", KINDS)
+def test_pieces_change_nothing_on_ranks(kind: Kind) -> None:
+    assert run_ranks(4, trained, kind, timeout_s=120) == [[]] * 4
+
+
+class Constant(nn.Module):
+    """A gate whose weights need no gradients, which would keep the ranks together."""
+
+    def __init__(self, gate: nn.Module) -> None:
+        super().__init__()
+        self.gate = gate
+
+    def forward(self, x_TD: torch.Tensor) -> Routing:
+        routing: Routing = self.gate(x_TD)
+        return routing._replace(weight_TK=routing.weight_TK.detach())
+
+
+class Losing(nn.Module):
+    """Experts that lose the graph of their rows, on some ranks."""
+
+    def __init__(self, loses: bool) -> None:
+        super().__init__()
+        self.factor, self.loses = nn.Parameter(torch.tensor(2.0)), loses
+
+    def forward(self, row_RD: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+        return (row_RD.detach() if self.loses else row_RD) * self.factor
+
+
+def losing(rank: int, kind: Kind) -> bool:
+    """Whether results are the same and as many rows move."""
+    exchange, results, moved = Exchange(TREE, kind=kind, timeout_s=TIMEOUT_S), [], []
+    for overlap in (1, 3):
+        moe = layer(exchange, overlap, Losing(rank == 1))
+        moe.gate = Constant(moe.gate)
+        moe.experts.requires_grad_(rank != 1)
+        with record_exchanges() as record:
+            results.append(step(moe, tokens(rank, 7).requires_grad_()))
+        moved.append([record.sent_bytes[phase] for phase in PHASES if phase != "counts"])
+    return alike(*results) and moved[0] == moved[1]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_that_lose_the_graph_keep_no_rank_waiting(kind: Kind) -> None:
+    assert run_ranks(4, losing, kind) == [True] * 4
+
+
+def refused(rank: int) -> tuple[int, str, str]:
+    """Dispatches that began and what they raise where one rank's tokens have another dtype."""
+    exchange, begun = Exchange(TREE, timeout_s=TIMEOUT_S), []
+    dispatch = exchange.dispatch
+
+    def noting(*given: Any, **options: Any) -> Any:
+        begun.append(given)
+        return dispatch(*given, **options)
+
+    exchange.dispatch = noting  # type: ignore[method-assign]
+    moe, x_TD = layer(exchange, 3), tokens(rank, 8)
+    told = []
+    for autocast in (rank == 2, False):
+        with torch.autocast("cpu", enabled=autocast):
+            try:
+                moe(x_TD)
+            except InputError as error:
+                told.append(str(error))
+    mesh = dist.init_device_mesh("cpu", (4,))
+    sharded = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
+    given = (lambda row_RD, _: row_RD), [sharded], x_TD, torch.zeros(8, 1, dtype=torch.int64), None
+    with pytest.raises(InputError) as caught:
+        run_overlapped(exchange, *given, num_experts=4, num_pieces=2)
+    return len(begun), *told, str(caught.value)
+
+
+@pytest.mark.ranks
+def test_a_piece_that_is_refused_is_the_last_one() -> None:
+    for begun, told, sharded in run_ranks(4, refused):
+        assert begun == 1 + 3  # three pieces of the call that is fine
+        assert "dtype differs between the ranks of the group" in told
+        assert "overlap is 2 and parameters of the experts are sharded" in sharded
+
+
+def at_the_same_time(rank: int) -> list[bool]:
+    """Whether experts are at work on a piece before the dispatch of the next one has ended."""
+    exchange, seen = Exchange(TREE, kind="flat", timeout_s=TIMEOUT_S), []
+    dispatch, number, begun = exchange.dispatch, itertools.count(), threading.Semaphore(0)
+
+    def late(*given: Any, **options: Any) -> Any:
+        if next(number):
+            seen.append(begun.acquire(timeout=TIMEOUT_S / 3))
+        return dispatch(*given, **options)
+
+    class Working(nn.Module):
+        def forward(self, row_RD: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+            begun.release()
+            return row_RD
+
+    exchange.dispatch = late  # type: ignore[method-assign]
+    layer(exchange, 3, Working())(tokens(rank, 8))
+    return seen
+
+
+@pytest.mark.ranks
+def test_rows_of_the_next_piece_move_while_experts_work() -> None:
+    assert run_ranks(4, at_the_same_time) == [[True, True]] * 4
