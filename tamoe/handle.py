@@ -52,10 +52,11 @@ class Handle:
         """What combine is to get beside the rows, so that all ranks run its backward pass or none.
 
         Where only experts may train, the ranks ask each other whether any does: a backward pass
-        moves gradients through ranks whose own experts are frozen, too.
+        moves gradients through ranks whose own experts are frozen, too. Gradients are to be on or
+        off on all ranks alike.
         """
         weights_train = self.weight is not None and self.weight.requires_grad
-        if not self.grad_enabled or self.requires_grad or weights_train:  # so on all ranks
+        if not torch.is_grad_enabled() or self.requires_grad or weights_train:
             return self.anchor_0D
         if not true_anywhere(row_RD.requires_grad, row_RD, self.route.mover):
             return self.anchor_0D

@@ -71,6 +71,9 @@ class MoE(nn.Module):
         Pieces, >= 1, that the tokens of a call go in, the same on all ranks: the experts work on
         one while others are on the links (:mod:`tamoe.overlap`). Each piece costs its messages and
         a smaller matrix product, so 2 is the one to try first, where experts take as long as rows.
+        Experts are then called once for each piece (dropout draws otherwise, norms over rows see
+        fewer), must register all that they train, and cannot hold checkpoints with
+        ``use_reentrant=True``.
     device, dtype
         Where to put gate and experts; None leaves them.
 

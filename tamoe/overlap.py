@@ -6,25 +6,21 @@ and so on; meanwhile the caller's thread runs the experts. The backward pass goe
 the last piece to the first. Autograd alone would take the pieces in an order that may differ
 between ranks, so each step of a piece has a graph of its own, and one function holds them all.
 
-On a GPU the rows have a stream of their own; each stream waits for what the other hands over. What
-is handed over is kept until the caller's stream has waited for all of it, so memory is not used
-again too early.
-
 Shape suffixes: T tokens, t tokens of a piece, K choices, D hidden size, R rows received.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tamoe.first_order import first_order
+from tamoe.lane import Lane, in_turns
 from tamoe.topology.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,14 +29,12 @@ if TYPE_CHECKING:
 
 Experts = Callable[[torch.Tensor, tuple[int, ...]], torch.Tensor]
 Maybe = torch.Tensor | None
-Result = TypeVar("Result")
-Waited = TypeVar("Waited")
 
 
 def run_overlapped(
     exchange: Exchange,
     experts: Experts,
-    parameters: Sequence[torch.nn.Parameter],
+    parameters: Sequence[torch.Tensor],
     x_TD: torch.Tensor,
     expert_index_TK: torch.Tensor,
     weight_TK: torch.Tensor | None,
@@ -55,9 +49,10 @@ def run_overlapped(
     exchange
         All its ranks call this with the same ``num_pieces``.
     experts
-        Function of rows and how many each expert of this rank has, run in this thread.
+        Function of rows and how many each expert of this rank has, run in this thread, once for
+        each piece. It must not talk to other ranks over the group of the exchange.
     parameters
-        What the experts train.
+        All that the experts train.
     x_TD, expert_index_TK, weight_TK, num_experts
         As for :meth:`Exchange.dispatch`.
     num_pieces
@@ -66,12 +61,15 @@ def run_overlapped(
     Returns
     -------
     torch.Tensor
-        ``[T, D]``, as without pieces but for how the experts' matrix products round.
+        ``[T, D]``; of experts that take each row by itself, as without pieces but for how matrix
+        products of other sizes round.
 
     Raises
     ------
     InputError
-        Parameters are sharded: their gradients would pass by what shards them.
+        The exchange refuses its input; or gradients would be lost: of parameters that are sharded,
+        of a tensor that the experts use and that is none of ``parameters``, or where hooks give
+        back copies of what autograd saves.
 
     Examples
     --------
@@ -89,13 +87,18 @@ def run_overlapped(
             f"overlap is {num_pieces} and parameters of the experts are sharded (DTensor); "
             f"allowed: 1, or experts that are whole on their rank"
         )
-    pieces = _cut(x_TD, expert_index_TK, weight_TK, num_pieces)
-    run = _Run(exchange, experts, parameters, num_experts, pieces)
+    given = x_TD, expert_index_TK, weight_TK
+    if not _can_be_cut(given):
+        exchange.dispatch(*given, num_experts=num_experts)  # which says why, to all ranks
+    run = _Run(exchange, experts, parameters, num_experts, _cut(*given, num_pieces))
     if not run.graphs:
         return run.forward()
     anchor_0D = x_TD.new_empty(0, x_TD.shape[1]).requires_grad_()
     out_TD: torch.Tensor = _Overlapped.apply(run, x_TD, weight_TK, anchor_0D, *parameters)
     return out_TD
+
+
+# ---- a piece ------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -131,19 +134,30 @@ class _Piece:
     def combine_backward(self) -> None:
         # The anchor is asked for so that rows move also where experts lose their graph.
         wanted = self.back_RD, self.handle.weight, self.handle.anchor_0D
-        self.grad_made_RD, self.grad_weight, _ = _gradients(
-            [self.out_tD], [self.grad_out_tD], wanted
-        )
+        grads = _gradients([self.out_tD], [self.grad_out_tD], wanted)
+        self.grad_made_RD, self.grad_weight, _ = grads
 
     def work_backward(self, parameters: Sequence[torch.Tensor]) -> list[Maybe]:
-        wanted = self.given_RD, *parameters
-        grads = _gradients([self.made_RD], [self.grad_made_RD], wanted)
+        with _without_hooks(parameters):
+            wanted = self.given_RD, *parameters
+            grads = _gradients([self.made_RD], [self.grad_made_RD], wanted)
         self.grad_row_RD = grads[0]
         return grads[1:]
 
-    def dispatch_backward(self) -> list[Maybe]:
+    def dispatch_backward(self) -> tuple[Maybe, Maybe]:
         sent, grads = [self.row_RD, self.handle.weight], [self.grad_row_RD, self.grad_weight]
-        return _gradients(sent, grads, (self.x_tD, self.weight_tK))
+        of_x_tD, of_weight_tK = _gradients(sent, grads, (self.x_tD, self.weight_tK))
+        return of_x_tD, of_weight_tK
+
+    def forget_gradients(self) -> None:
+        self.grad_out_tD = self.grad_made_RD = self.grad_row_RD = self.grad_weight = None
+
+
+def _can_be_cut(given: Sequence[Any]) -> bool:
+    tensors = [one for one in given if one is not None]
+    if not all(isinstance(one, torch.Tensor) and one.ndim == 2 for one in tensors):
+        return False
+    return len({len(one) for one in tensors}) == 1
 
 
 def _cut(
@@ -188,78 +202,39 @@ def _gradients(
     return found
 
 
-class _Lane:
-    """Where rows move, one exchange after another in the order in which they are asked for."""
-
-    def __init__(self, device: torch.device, graphs: bool, *, inline: bool) -> None:
-        self._device, self._graphs = device, graphs
-        self._inference = torch.is_inference_mode_enabled()
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._thread = None if inline else ThreadPoolExecutor(1, "tamoe-overlap")
-        self._failure: BaseException | None = None
-
-    def __enter__(self) -> _Lane:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._thread is not None:
-            self._thread.shutdown(cancel_futures=True)
-
-    def start(self, function: Callable[[_Piece], Result], piece: _Piece) -> Callable[[], Result]:
-        """Ask for something; the caller's stream waits for it where the caller waits."""
-        ready = None
-        if self._stream is not None:
-            ready = torch.cuda.current_stream(self._device).record_event()
-        if self._thread is None:
-            ended = self._run(ready, function, piece)
-            return lambda: self._waited(*ended)
-        future = self._thread.submit(self._run, ready, function, piece)
-        return lambda: self._waited(*future.result())
-
-    def _run(
-        self, ready: torch.cuda.Event | None, function: Callable[[_Piece], Result], piece: _Piece
-    ) -> tuple[Result, torch.cuda.Event | None]:
-        # What comes after a failure never begins: other ranks may not, and this one would wait.
-        if self._failure is not None:
-            raise self._failure
-        try:
-            with ExitStack() as modes:  # which a new thread does not have
-                modes.enter_context(torch.inference_mode(self._inference))
-                modes.enter_context(torch.set_grad_enabled(self._graphs))
-                if self._stream is None or ready is None:
-                    return function(piece), None
-                modes.enter_context(torch.cuda.stream(self._stream))
-                self._stream.wait_event(ready)
-                return function(piece), self._stream.record_event()
-        except BaseException as error:
-            self._failure = error
-            raise
-
-    def _waited(self, result: Result, done: torch.cuda.Event | None) -> Result:
-        if done is not None:
-            torch.cuda.current_stream(self._device).wait_event(done)
-        return result
+@contextmanager
+def _without_hooks(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Keep hooks of parameters for their whole gradients, not for those of each piece."""
+    hooked = [(one, one._backward_hooks) for one in parameters if one._backward_hooks]
+    try:
+        for parameter, _ in hooked:
+            parameter._backward_hooks = None
+        yield
+    finally:
+        for parameter, hooks in hooked:
+            parameter._backward_hooks = hooks
 
 
-def _in_turns(
-    lane: _Lane,
-    pieces: Sequence[_Piece],
-    out: Callable[[_Piece], None],
-    work: Callable[[_Piece], Waited],
-    back: Callable[[_Piece], Result],
-) -> tuple[list[Waited], list[Result]]:
-    """Rows out for each piece, work on them in this thread, rows back; all of each one's results.
+def _require_known(made_RD: torch.Tensor, known: Iterable[torch.Tensor]) -> None:
+    """Refuse a graph that begins anywhere else: gradients from there would be lost."""
+    numbers = {id(tensor) for tensor in known}
+    waiting, seen = [made_RD.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf: Any = getattr(node, "variable", None)
+        if type(node).__name__ == "AccumulateGrad" and id(leaf) not in numbers:
+            raise InputError(
+                f"experts use a tensor of shape {tuple(leaf.shape)} that needs a gradient and is "
+                f"none of their parameters; allowed where overlap is over 1: parameters of the "
+                f"experts alone, which `experts.parameters()` lists"
+            )
+        waiting += [before for before, _ in node.next_functions]
 
-    Rows of the next piece are asked for before those of this one are worked on.
-    """
-    coming, going, worked = [lane.start(out, pieces[0])], [], []
-    for number, piece in enumerate(pieces):
-        if number + 1 < len(pieces):
-            coming.append(lane.start(out, pieces[number + 1]))
-        coming[number]()
-        worked.append(work(piece))
-        going.append(lane.start(back, piece))
-    return worked, [wait() for wait in going]
+
+# ---- all pieces ---------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -273,20 +248,21 @@ class _Run:
     pieces: list[_Piece]
     graphs: bool = field(default_factory=torch.is_grad_enabled)
 
-    @property
-    def differentiable(self) -> bool:
-        """Whether the result needs gradients on some rank, hence on all."""
-        return any(piece.out_tD.requires_grad for piece in self.pieces)
-
     def forward(self) -> torch.Tensor:
-        """``[T, D]``; makes graphs, but none of its own."""
+        """``[T, D]``; makes the pieces' graphs, and none itself."""
         device = self.pieces[0].x_tD.device
-        with _Lane(device, self.graphs, inline=False) as lane, torch.set_grad_enabled(self.graphs):
-            _in_turns(
+
+        def work(piece: _Piece) -> None:
+            piece.work(self.experts)
+            if piece is self.pieces[0] and self.graphs:
+                _require_known(piece.made_RD, (piece.given_RD, *self.parameters))
+
+        with Lane(device, self.graphs, inline=False) as lane, torch.set_grad_enabled(self.graphs):
+            in_turns(
                 lane,
                 self.pieces,
                 lambda piece: piece.dispatch(self.exchange, self.num_experts),
-                lambda piece: piece.work(self.experts),
+                work,
                 lambda piece: piece.combine(self.exchange),
             )
         return torch.cat([piece.out_tD.detach() for piece in self.pieces])
@@ -296,32 +272,35 @@ class _Run:
         sizes = [len(piece.x_tD) for piece in self.pieces]
         for piece, grad_tD in zip(self.pieces, grad_TD.split(sizes), strict=True):
             piece.grad_out_tD = grad_tD
-        # On a GPU autograd's own thread is here, and another one would wait for it. Nothing waits
-        # for the device in a backward pass, so that rows and experts overlap all the same.
+        total: list[Maybe] = [None] * len(self.parameters)
+
+        def work(piece: _Piece) -> None:
+            for number, grad in enumerate(piece.work_backward(self.parameters)):
+                if grad is not None:
+                    before = total[number]
+                    total[number] = grad if before is None else before + grad
+
+        # On a GPU autograd's own thread is here, and another one would wait for it. By NCCL nothing
+        # waits for the device in a backward pass, so that rows and experts overlap all the same.
         device = grad_TD.device
-        with _Lane(device, False, inline=device.type == "cuda") as lane:
-            worked, given = _in_turns(
+        with Lane(device, False, inline=device.type == "cuda") as lane:
+            back = in_turns(
                 lane,
                 self.pieces[::-1],
                 _Piece.combine_backward,
-                lambda piece: piece.work_backward(self.parameters),
+                work,
                 _Piece.dispatch_backward,
             )
-        of_x_TD, of_weight_TK = (_joined(grads) for grads in zip(*given[::-1], strict=True))
-        return of_x_TD, of_weight_TK, [_added(grads) for grads in zip(*worked, strict=True)]
+        for piece in self.pieces:
+            piece.forget_gradients()
+        of_x_TD, of_weight_TK = (_joined(grads) for grads in zip(*back[::-1], strict=True))
+        return of_x_TD, of_weight_TK, total
 
 
 def _joined(grads: Sequence[Maybe]) -> Maybe:
     found = [grad for grad in grads if grad is not None]
+    assert len(found) in (0, len(grads))
     return torch.cat(found) if found else None
-
-
-def _added(grads: Iterable[Maybe]) -> Maybe:
-    total: Maybe = None
-    for grad in grads:
-        if grad is not None:
-            total = grad if total is None else total + grad
-    return total
 
 
 class _Overlapped(torch.autograd.Function):
@@ -336,7 +315,8 @@ class _Overlapped(torch.autograd.Function):
         keeper = out_TD.new_empty(0)
         keeper.run = run  # type: ignore[attr-defined]
         ctx.save_for_backward(keeper)
-        if not run.differentiable:
+        # So on all ranks or on none.
+        if not any(piece.out_tD.requires_grad for piece in run.pieces):
             ctx.mark_non_differentiable(out_TD)
         return out_TD
 
@@ -344,5 +324,11 @@ class _Overlapped(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[Maybe, ...]:
         (keeper,) = ctx.saved_tensors
-        grad_x_TD, grad_weight_TK, grads = keeper.run.backward(grad_TD)
-        return None, grad_x_TD, grad_weight_TK, None, *grads
+        run: _Run | None = getattr(keeper, "run", None)
+        if run is None:
+            raise InputError(
+                "saved_tensors_hooks give back copies of what autograd saves, as offloading does; "
+                "allowed where overlap is over 1: none around the layer, or a checkpoint"
+            )
+        of_x_TD, of_weight_TK, of_parameters = run.backward(grad_TD)
+        return None, of_x_TD, of_weight_TK, None, *of_parameters

@@ -104,7 +104,7 @@ def test_experts_that_lose_the_graph_keep_no_rank_waiting(kind: Kind) -> None:
     assert run_ranks(4, experts_that_lose_the_graph, kind) == [True] * 4
 
 
-def some_experts_train(rank: int, kind: Kind) -> list[bool]:
+def some_experts_train(rank: int, kind: Kind, through: bool) -> list[bool]:
     """Experts of all ranks, of two, or of none train; tokens and weights need no gradients."""
     exchange, grads, needs = Exchange(TREE, kind=kind, timeout_s=TIMEOUT_S), [], []
     for training in ((0, 1, 2, 3), (1, 3), ()):
@@ -112,7 +112,8 @@ def some_experts_train(rank: int, kind: Kind) -> list[bool]:
         head = torch.tensor(3.0, requires_grad=True)  # each rank has something to train
         x_TD, index_TK, weight_TK = (t.detach() for t in given(rank))
         for _ in range(2):  # layers: tokens of the second need gradients where any expert trains
-            row_RD, handle = exchange.dispatch(x_TD, index_TK, weight_TK, num_experts=8)
+            with torch.set_grad_enabled(through):
+                row_RD, handle = exchange.dispatch(x_TD, index_TK, weight_TK, num_experts=8)
             x_TD = exchange.combine(row_RD * factor, handle)
         needs.append(x_TD.requires_grad)
         (x_TD * head).square().sum().backward()
@@ -121,9 +122,10 @@ def some_experts_train(rank: int, kind: Kind) -> list[bool]:
     return [same and (rank not in (1, 3) or torch.equal(grads[0][1], grads[1][1])), *needs]
 
 
+@pytest.mark.parametrize("through", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_frozen_experts_pass_gradients_on_where_others_train(kind: Kind) -> None:
-    assert run_ranks(4, some_experts_train, kind) == [[True, True, True, False]] * 4
+def test_frozen_experts_pass_gradients_on_where_others_train(kind: Kind, through: bool) -> None:
+    assert run_ranks(4, some_experts_train, kind, through) == [[True, True, True, False]] * 4
 
 
 # ---- checkpoints and evaluations ----------------------------------------------------------------

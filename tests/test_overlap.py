@@ -114,12 +114,60 @@ def test_graphs_are_kept_as_long_as_others_are() -> None:
 
 
 def test_hooks_of_parameters_run_once() -> None:
-    """As whoever reduces gradients over ranks needs it."""
-    moe, seen = layer(Exchange(), 3), []
-    for parameter in moe.parameters():
-        parameter.register_post_accumulate_grad_hook(seen.append)
-    step(moe, tokens(0, 9))
-    assert len(seen) == len(list(moe.parameters()))
+    """As whoever scales gradients or reduces them over ranks needs it."""
+    results = []
+    for overlap in (1, 3):
+        moe, seen = layer(Exchange(), overlap), []
+        for parameter in moe.parameters():
+            parameter.register_hook(lambda grad: 0.5 * grad)
+            parameter.register_post_accumulate_grad_hook(seen.append)
+        results.append(step(moe, tokens(0, 9)))
+        assert len(seen) == len(list(moe.parameters()))
+        moe.zero_grad()
+        results.append(step(moe, tokens(0, 9)))  # hooks are still there
+    assert all(alike(results[0], other) for other in results)
+
+
+class Tied(nn.Module):
+    """Experts with a weight that is registered elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor, self.elsewhere = nn.Parameter(torch.tensor(2.0)), [nn.Linear(6, 6)]
+
+    def forward(self, row_RD: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+        out_RD: torch.Tensor = self.elsewhere[0].to(row_RD.dtype)(row_RD * self.factor)
+        return out_RD
+
+
+def test_gradients_that_would_be_lost_are_refused() -> None:
+    moe = layer(Exchange(), 2, Tied())
+    with pytest.raises(InputError, match=r"a tensor of shape \(6, 6\) .* none of their parameters"):
+        moe(tokens(0, 4))
+    with torch.no_grad():
+        assert moe(tokens(0, 4)).hidden.shape == (4, 6)
+    moe = layer(Exchange(), 2)
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved):
+        hidden_TD = moe(tokens(0, 4)).hidden
+    with pytest.raises(InputError, match="saved_tensors_hooks give back copies"):
+        hidden_TD.sum().backward()
+    with torch.autograd.graph.save_on_cpu():  # no copy of what is there
+        step(moe, tokens(0, 4))
+
+
+@pytest.mark.parametrize("index", [torch.zeros(3, 2, dtype=torch.int64), torch.tensor(0), [0]])
+def test_what_cannot_be_cut_is_refused_by_the_exchange(index: Any) -> None:
+    with pytest.raises(InputError, match=r"expert_index_TK (has shape|is list)"):
+        run_overlapped(
+            Exchange(),
+            lambda row_RD, _: row_RD,
+            (),
+            tokens(0, 4),
+            index,
+            None,
+            num_experts=2,
+            num_pieces=2,
+        )
 
 
 @pytest.mark.parametrize("overlap", [0, 1.5, "2"])
@@ -243,6 +291,36 @@ def test_a_piece_that_is_refused_is_the_last_one() -> None:
         assert begun == 1 + 3  # three pieces of the call that is fine
         assert "dtype differs between the ranks of the group" in told
         assert "overlap is 2 and parameters of the experts are sharded" in sharded
+
+
+def skipped(rank: int) -> list[bool]:
+    """Calls that are right after one in which all experts failed, on some ranks later than others.
+
+    The piece behind that one has been asked for on all ranks: it has to move, or on none.
+    """
+    exchange = Exchange(TREE, kind="flat", timeout_s=TIMEOUT_S)
+    plain, moe = layer(exchange, 1), layer(exchange, 3)
+    calls, experts = itertools.count(), moe._run_experts
+
+    def failing(*given: Any) -> torch.Tensor:
+        if next(calls) == 1:
+            if rank == 2:
+                dist.barrier(group=late)  # the others have left the layer
+            raise ValueError("no room")
+        return experts(*given)
+
+    late = dist.new_group()
+    moe._run_experts = failing  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="no room"):
+        moe(tokens(rank, 9))
+    if rank != 2:
+        dist.barrier(group=late)
+    return [alike(step(moe, tokens(rank, 9)), step(plain, tokens(rank, 9))) for _ in range(2)]
+
+
+@pytest.mark.ranks
+def test_ranks_stay_in_step_after_experts_that_fail() -> None:
+    assert run_ranks(4, skipped) == [[True, True]] * 4
 
 
 def at_the_same_time(rank: int) -> list[bool]:
