@@ -18,6 +18,7 @@ from tamoe.topology.errors import InputError
         ("oracles", ["--only", "nothing"], "--only is 'nothing'; allowed: deepspeed"),
         ("peers", ["--without", "nobody"], "nobody"),
         ("memory", ["--tokens", "-1"], "tokens is -1; allowed"),
+        ("overlap", ["--top-k", "0"], "top_k is 0; allowed: a whole number >= 1"),
         ("compare_figure", ["none.json", "none.png"], "none.json"),
         ("controller", ["-o", "file"], "--out is"),
         ("controller", ["--processes", "0"], "--processes is 0; allowed: a whole number >= 1"),

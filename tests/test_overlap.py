@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 import weakref
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tamoe import MoE, NaiveGate
 from tamoe.exchange import Exchange, Kind
+from tamoe.experiments.overlap import Config, main, names
 from tamoe.experts import FeedForward, GroupedFeedForward
 from tamoe.overlap import run_overlapped
 from tamoe.record import PHASES, record_exchanges
@@ -346,3 +349,14 @@ def at_the_same_time(rank: int) -> list[bool]:
 @pytest.mark.ranks
 def test_rows_of_the_next_piece_move_while_experts_work() -> None:
     assert run_ranks(4, at_the_same_time) == [[True, True]] * 4
+
+
+@pytest.mark.emulated
+def test_the_experiment_times_every_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "overlap.json"
+    sizes = {"tokens": 16, "hidden_size": 8, "intermediate_size": 8, "most_pieces": 2}
+    main(path, cluster="2x1:200mbit", top_k=2, repetitions=2, **sizes)
+    seconds = json.loads(path.read_text())["seconds"]
+    assert list(seconds) == names(Config(most_pieces=2))
+    assert all(len(times_s) == 2 and min(times_s) > 0 for times_s in seconds.values())
+    assert "hierarchical" in capsys.readouterr().out
