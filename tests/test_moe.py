@@ -333,6 +333,8 @@ def test_a_layer_can_be_made_without_memory():
         layer = MoE(NaiveGate(8, 4), lambda: nn.Linear(8, 8), num_experts=4)
     assert {parameter.device.type for parameter in layer.parameters()} == {"meta"}
     layer.to_empty(device="cpu")
+    for parameter in layer.parameters():  # whatever was in memory may be no number
+        nn.init.ones_(parameter)
     assert layer(torch.ones(3, 8)).hidden.shape == (3, 8)
 
 
