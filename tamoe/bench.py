@@ -105,6 +105,7 @@ def bench_rank(
     return scores
 
 
+@torch.no_grad()  # else ranks ask each other in combine whether experts train
 def _bench_setting(
     rank: int,
     topology: Topology,

@@ -255,7 +255,9 @@ class _Timed:
         """Time some exchanges once."""
         for name in names:
             seconds: list[float] = []
-            self._run(self._exchanges[name], partial(self._time, finish, seconds))
+            # On for nothing, ranks would ask each other in combine whether experts train.
+            with torch.set_grad_enabled(self._backward):
+                self._run(self._exchanges[name], partial(self._time, finish, seconds))
             self.seconds[name].append(seconds)
 
     def _time(
