@@ -323,33 +323,6 @@ def test_an_exchange_by_nccl_waits_once() -> None:
     assert run_ranks(1, by_nccl, timeout_s=200) == [[]]
 
 
-def overlapping(rank: int) -> list[bool]:
-    """Whether outputs and gradients are those of a layer whose experts wait for all rows."""
-    dist.destroy_process_group()
-    store = dist.HashStore()
-    dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1)
-    exchange, results = Exchange(tree("1x1"), kind="flat"), []
-    for overlap in (1, 3):
-        torch.manual_seed(1)
-        gate = SwitchGate(64, 4)
-        experts = GroupedFeedForward(4, 64, 256)
-        moe = MoE(gate, experts, num_experts=4, exchange=exchange, overlap=overlap, device=GPU)
-        for _ in range(3):  # memory of the calls before is used again
-            x_TD = torch.randn(999, 64, generator=torch.Generator().manual_seed(2)).to(GPU)
-            moe.zero_grad()
-            hidden_TD = moe(x_TD.requires_grad_()).hidden
-            hidden_TD.square().sum().backward()
-        results.append([hidden_TD.detach(), x_TD.grad, *(p.grad for p in moe.parameters())])
-    dist.destroy_process_group()
-    return [torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*results, strict=True)]
-
-
-@pytest.mark.ranks
-def test_experts_that_overlap_with_rows_by_nccl() -> None:
-    (same,) = run_ranks(1, overlapping, timeout_s=200)
-    assert all(same)
-
-
 # ---- peer stores --------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from tamoe import MoE, NaiveGate
+from tamoe import MoE, NaiveGate, SwitchGate
 from tamoe.exchange import Exchange, Kind
 from tamoe.experiments.overlap import Config, main, names
 from tamoe.experts import FeedForward, GroupedFeedForward
@@ -30,6 +30,7 @@ from tamoe.topology.errors import InputError
 
 KINDS: tuple[Kind, ...] = ("flat", "hierarchical")
 TREE = Topology.from_tree("2x2", bandwidth_bytes_per_s=(1e9, 1e9))
+ONE = Topology.from_tree("1x1", bandwidth_bytes_per_s=(1e9, 1e9))
 TIMEOUT_S = 30.0
 
 
@@ -360,3 +361,35 @@ def test_the_experiment_times_every_way(tmp_path: Path, capsys: pytest.CaptureFi
     assert list(seconds) == names(Config(most_pieces=2))
     assert all(len(times_s) == 2 and min(times_s) > 0 for times_s in seconds.values())
     assert "hierarchical" in capsys.readouterr().out
+
+
+# ---- a GPU --------------------------------------------------------------------------------------
+
+
+def overlapping(rank: int) -> list[bool]:
+    """Whether outputs and gradients are those of a layer whose experts wait for all rows."""
+    dist.destroy_process_group()
+    store = dist.HashStore()
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1)
+    exchange, results = Exchange(ONE, kind="flat"), []
+    for overlap in (1, 3):
+        torch.manual_seed(1)
+        gate = SwitchGate(64, 4)
+        experts = GroupedFeedForward(4, 64, 256)
+        moe = MoE(gate, experts, num_experts=4, exchange=exchange, overlap=overlap, device="cuda")
+        for _ in range(3):  # memory of the calls before is used again
+            x_TD = torch.randn(999, 64, generator=torch.Generator().manual_seed(2)).to("cuda")
+            moe.zero_grad()
+            hidden_TD = moe(x_TD.requires_grad_()).hidden
+            hidden_TD.square().sum().backward()
+        results.append([hidden_TD.detach(), x_TD.grad, *(p.grad for p in moe.parameters())])
+    dist.destroy_process_group()
+    return [torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*results, strict=True)]
+
+
+@pytest.mark.ranks
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_experts_that_overlap_with_rows_by_nccl() -> None:
+    (same,) = run_ranks(1, overlapping, timeout_s=200)
+    assert all(same)
