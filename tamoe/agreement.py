@@ -20,13 +20,13 @@ from tamoe.word_swap import word_swap
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Headers travel in a message of fixed size: ranks that disagree on the number of experts must
-# still be able to read each other. Up to 243 counts for a peer fit in beside the header; further
+# still be able to read each other. Up to 242 counts for a peer fit in beside the header; further
 # ones follow in a second message, whose size is agreed on by then.
 MESSAGE_WORDS = 256
 _LAYOUT = "topology_or_plan or placement"
 _FIELDS = (
     *("dtype", "hidden_size", "top_k", "num_experts", "requires_grad", "weight_TK"),
-    *("kind", "schedule", "chunks", _LAYOUT),
+    *("kind", "schedule", "chunks", "overlap", _LAYOUT),
 )
 _NAMES = {"kind": ("flat", "hierarchical", "none"), "schedule": ("single", "rounds")}
 
@@ -44,6 +44,7 @@ class Header:
     kind: str
     schedule: str
     chunks: int
+    pieces: int  # of the layer's tokens, of which this is one
     layout: int  # from layout_code
     num_tokens: int  # need not be equal
     problem: str | None = None
@@ -54,7 +55,7 @@ class Header:
         sizes = [self.hidden_size, self.top_k, self.num_experts]
         flags = [self.requires_grad, self.weighted]
         ways = [_NAMES["kind"].index(self.kind), _NAMES["schedule"].index(self.schedule)]
-        ends = [self.chunks, self.layout, self.num_tokens]
+        ends = [self.chunks, self.pieces, self.layout, self.num_tokens]
         return [int(self.problem is not None), dtype, *sizes, *flags, *ways, *ends]
 
 

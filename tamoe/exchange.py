@@ -49,7 +49,7 @@ class Exchange:
     round. A row is multiplied by its weight and rounded to the rows' dtype before it is added.
 
     A dispatch makes the host wait for the device once, for counts; twice where a rank has to be
-    told more than 243 of them (flat: E, the most experts that a rank has; hierarchical: E for each
+    told more than 242 of them (flat: E, the most experts that a rank has; hierarchical: E for each
     rank of a node and twice the nodes, for each part). The kernel sorts up to 12,288 experts times
     parts; beyond, PyTorch does, which waits, too. What follows, combine and the backward passes do
     not, given kernels (:mod:`tamoe.ops`), but for combine where gradients are on and neither tokens
@@ -204,6 +204,7 @@ class Exchange:
         weight_TK: torch.Tensor | None = None,
         *,
         num_experts: int,
+        num_pieces: int = 1,
     ) -> tuple[torch.Tensor, Handle]:
         """Send each token to its experts.
 
@@ -218,6 +219,8 @@ class Exchange:
             token's output NaN and no other's; weights of dropped choices are not looked at.
         num_experts
             Experts N of the whole group: a multiple of its ranks, or as many as the placement has.
+        num_pieces
+            Dispatches, >= 1, that a layer's tokens go in (:mod:`tamoe.overlap`), this one of them.
 
         Returns
         -------
@@ -231,8 +234,8 @@ class Exchange:
         InputError
             On every rank, before rows move: a shape, dtype, device or index that is not allowed on
             one of them, or dtype, hidden size, K, N, need for gradients (of tokens or weights),
-            kind, schedule, chunks, nodes, switches or placement that differ. What is no tensor at
-            all is refused on its own rank alone.
+            kind, schedule, chunks, pieces, nodes, switches or placement that differ. What is no
+            tensor at all, and a number of pieces below 1, is refused on its own rank alone.
         """
         _require_tensors(x_TD=x_TD, expert_index_TK=expert_index_TK)
         if weight_TK is not None:
@@ -253,6 +256,7 @@ class Exchange:
             kind=self.kind,
             schedule=self.schedule,
             chunks=num_parts,
+            pieces=whole("num_pieces", num_pieces, 1),
             layout=layout_code(self.nodes, self._planner.groups, rank_of_N),
             num_tokens=len(x_TD) if x_TD.ndim else 0,
             problem=problem,

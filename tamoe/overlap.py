@@ -119,9 +119,11 @@ class _Piece:
     grad_row_RD: Maybe = None
     grad_weight: Maybe = None  # of the handle's
 
-    def dispatch(self, exchange: Exchange, num_experts: int) -> None:
+    def dispatch(self, exchange: Exchange, num_experts: int, num_pieces: int) -> None:
         given = self.x_tD, self.index_tK, self.weight_tK
-        self.row_RD, self.handle = exchange.dispatch(*given, num_experts=num_experts)
+        self.row_RD, self.handle = exchange.dispatch(
+            *given, num_experts=num_experts, num_pieces=num_pieces
+        )
 
     def work(self, experts: Experts) -> None:
         self.given_RD = _start(self.row_RD)
@@ -261,7 +263,7 @@ class _Run:
             in_turns(
                 lane,
                 self.pieces,
-                lambda piece: piece.dispatch(self.exchange, self.num_experts),
+                lambda piece: piece.dispatch(self.exchange, self.num_experts, len(self.pieces)),
                 work,
                 lambda piece: piece.combine(self.exchange),
             )

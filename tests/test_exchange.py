@@ -233,6 +233,7 @@ def refusals(topology: Topology) -> list[str]:
         kind: Any = "auto",
         chunks: Any = "auto",
         gradients: bool = True,
+        pieces: int = 1,
     ) -> None:
         shape = [3] * (ndim - 1) + [hidden_size]
         x_TD = torch.ones(shape, dtype=dtype, device=device, requires_grad=grad)
@@ -243,7 +244,7 @@ def refusals(topology: Topology) -> list[str]:
             chosen = Exchange(topology, kind=kind, schedule=schedule, chunks=chunks)
         chosen = Exchange(tree(levels)) if levels else chosen
         with torch.set_grad_enabled(gradients):
-            chosen.dispatch(x_TD, index_TK, weight_TK, num_experts=num_experts)
+            chosen.dispatch(x_TD, index_TK, weight_TK, num_experts=num_experts, num_pieces=pieces)
 
     changes: list[dict[str, Any]] = [
         {"dtype": torch.float64},
@@ -262,6 +263,7 @@ def refusals(topology: Topology) -> list[str]:
         {"num_experts": 8.0},
         {"weight_grad": True},
         {"gradients": False},
+        {"pieces": 2},
         {"kind": "hierarchical"},
         {"kind": "hierarchical", "chunks": 4},
     ]
@@ -355,6 +357,7 @@ def test_a_rank_that_differs_is_named_on_every_rank(answers):
         "rank 2 of the group refused its input",
         f"weight_TK differs .*: given on {others}; given, with gradient on rank 2",
         f"requires_grad differs .*: False on {others}; gradients off on rank 2",
+        f"overlap differs .*: 1 on {others}; 2 on rank 2",
         f"kind differs .*: 'flat' on {others}; 'hierarchical' on rank 2",
         f"chunks differs .*: 3 on {others}; 4 on rank 2",
     ]

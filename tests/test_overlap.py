@@ -275,6 +275,9 @@ def refused(rank: int) -> tuple[int, str, str]:
     exchange.dispatch = noting  # type: ignore[method-assign]
     moe, x_TD = layer(exchange, 3), tokens(rank, 8)
     told = []
+    for other in (3, 1):
+        with pytest.raises(InputError, match=f"overlap .* 2 on rank 0, 1, 3; {other} on rank 2"):
+            layer(exchange, other if rank == 2 else 2)(x_TD)
     for autocast in (rank == 2, False):
         with torch.autocast("cpu", enabled=autocast):
             try:
@@ -292,7 +295,7 @@ def refused(rank: int) -> tuple[int, str, str]:
 @pytest.mark.ranks
 def test_a_piece_that_is_refused_is_the_last_one() -> None:
     for begun, told, sharded in run_ranks(4, refused):
-        assert begun == 1 + 3  # three pieces of the call that is fine
+        assert begun == 1 + 1 + 1 + 3  # three pieces of the call that is fine
         assert "dtype differs between the ranks of the group" in told
         assert "overlap is 2 and parameters of the experts are sharded" in sharded
 
