@@ -12,6 +12,7 @@ from typing import Any
 from tamoe.calibration import measure
 from tamoe.cases import Case
 from tamoe.progress import progress_line
+from tamoe.solver.choice import preferred
 from tamoe.solver.constants import Constants
 from tamoe.solver.exchange_fit import Measured, fit
 from tamoe.solver.exchange_rows import ALL_WAYS, EXCHANGES, KEYS, WAYS
@@ -85,12 +86,12 @@ def judge_choices(settings: Iterable[Mapping[str, Sequence[float]]]) -> dict[str
 
     Examples
     --------
-    >>> judge_choices([{"flat": (1.0, 3.0), "hierarchical": (2.0, 2.0)}])
+    >>> judge_choices([{"flat rounds": (1.0, 3.0), "hierarchical": (2.0, 2.0)}])
     {'settings': 1, 'near_best': 0.0, 'worst_choice': 0.5}
     """
     lost = []
     for both in settings:
-        taken = min(both.values(), key=lambda times: times[0])[1]
+        taken = both[preferred({name: times[0] for name, times in both.items()})][1]
         lost.append(taken / min(times[1] for times in both.values()) - 1)
     return {
         "settings": len(lost),

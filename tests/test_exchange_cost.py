@@ -11,7 +11,7 @@ from tamoe.solver import Workload, exchange_cost, flows
 from tamoe.solver.choice import choose_exchange
 from tamoe.solver.constants import FILE_KEY, Constants, read_constants, with_constants
 from tamoe.solver.exchange_cost import predict
-from tamoe.solver.exchange_rows import EXCHANGES, WAYS, Rows, rows_of_group
+from tamoe.solver.exchange_rows import EXCHANGES, KEYS, WAYS, Rows, rows_of_group
 from tamoe.solver.flows import SOCKET_BYTES, run_steps
 from tamoe.solver.parts import MOST_SLICES, part_shares
 from tamoe.topology import ClusterSpec, InputError, Topology
@@ -107,8 +107,8 @@ def test_rounds_lie_between_the_bound_and_rounds_that_wait_for_all(shape, seed, 
     [
         (0.0, False, 1.001),
         (SOCKET_BYTES, False, 1.02),
-        (0.0, True, 1.02),
-        (SOCKET_BYTES, True, 1.02),
+        (0.0, True, 1.08),
+        (SOCKET_BYTES, True, 1.08),
     ],
 )
 def test_hierarchical_moves_its_hops_whole_and_pipelines_them(
@@ -356,6 +356,11 @@ def test_measured_constants_decide_between_exchanges():
         )
         assert " ".join(filter(None, [choice.kind, choice.schedule])) == best
         assert "link of node" in choice.reason
+    for more_s, taken in ((0.005, "single"), (0.02, "rounds")):  # of 1 s: a tie, and none
+        start_s = dict(zip(EXCHANGES, (1 + more_s, 1.0, 2.0), strict=True))
+        constants = {key: Constants(start_s=start_s[key[0]]) for key in KEYS}
+        choice = choose_exchange(with_constants(topology, constants), workload, counts_PN)
+        assert choice.schedule == taken
 
 
 def test_combine_loads_the_opposite_links():
