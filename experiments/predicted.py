@@ -1,6 +1,6 @@
 """The exchanges' cost model against measured times, on emulated clusters.
 
-Run it (about an hour on two cores; ``--quick`` for one small cluster)::
+Run it (under two hours on two cores; ``--quick`` for one small cluster)::
 
     python -m tamoe.experiments.predicted -o predicted.json
 
@@ -52,15 +52,16 @@ LEAST_BYTES = 1e6
 SCORED_ON, QUICK_ON = ((1.6e6, 2), (4e6, 8)), ((1.3e6, 2), (2e6, 2))
 SIZED = "4x2"  # where sizes of two decades are scored, too
 SCORED = ("even", "uneven", "local 4", "target", "one-hot", "empty")
-_4X2, _STRIDED = "4x2:100mbit", ((0, 2, 4, 6), (1, 3, 5, 7))
-# Links so slow that they, and not the few cores that all ranks share, take most of the time.
+_4X2, _STRIDED = "4x2:50mbit", ((0, 2, 4, 6), (1, 3, 5, 7))
+# Links so slow that they, and not the few cores that all ranks share, take most of the time: on
+# links twice as fast, predictions were 1.0 % off in the median in place of .7 %.
 CLUSTERS: dict[str, tuple[str, Groups | None]] = {
     "4x2": (_4X2, None),
     "4x2, two strided groups": (_4X2, _STRIDED),
     "4x2, two consecutive groups": (_4X2, ((0, 1, 2, 3), (4, 5, 6, 7))),
-    "2x4": ("2x4:100mbit", None),
-    "8x2": ("8x2:50mbit", None),
-    "[[2,2],[2]]": ("[[2,2],[2]]:200mbit,50mbit", None),
+    "2x4": ("2x4:50mbit", None),
+    "8x2": ("8x2:25mbit", None),
+    "[[2,2],[2]]": ("[[2,2],[2]]:100mbit,25mbit", None),
     "one slow node": ("4x2:100mbit;node2=25mbit", None),
 }
 
