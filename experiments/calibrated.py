@@ -35,10 +35,12 @@ def calibrate_and_measure(
     cases: Sequence[Case],
     repetitions: int,
     backward: bool = False,
+    most_runs: int | None = None,
 ) -> tuple[Mapping[tuple[str, str], Constants], list[Measured], int]:
     """Constants, fitted on some cases alone, times of the others, dropped packets: of one run.
 
-    The run is of every exchange in every case, on an emulated cluster.
+    The run is of every exchange in every case, on an emulated cluster; ``most_runs`` as in
+    :func:`tamoe.calibration.measure`.
     """
     given = [*fitted, *cases]
     print(f"{spec}: {len(given)} routings", flush=True)
@@ -46,7 +48,7 @@ def calibrate_and_measure(
     order = random.Random(0).sample(range(len(given)), len(given))
     mixed = [given[number] for number in order]
     run = run_ranks_with_report(
-        spec, _rank, task, topology, mixed, repetitions, backward, timeout_s=_TIMEOUT_S
+        spec, _rank, task, topology, mixed, repetitions, backward, most_runs, timeout_s=_TIMEOUT_S
     )
     assert run.network is not None
     if dropped := run.network.dropped_packets:
@@ -70,9 +72,11 @@ def _rank(
     cases: Sequence[Case],
     repetitions: int,
     backward: bool,
+    most_runs: int | None,
 ) -> list[Measured] | None:
     show = progress_line(task) if rank == 0 else None
-    measured = measure(rank, topology, cases, repetitions, show, steady=STEADY, backward=backward)
+    asked: dict[str, Any] = {"steady": STEADY, "most_runs": most_runs, "backward": backward}
+    measured = measure(rank, topology, cases, repetitions, show, **asked)
     return measured if rank == 0 else None
 
 

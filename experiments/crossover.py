@@ -1,6 +1,6 @@
 """From which size on the hierarchical exchange is faster than the flat ones, on emulated clusters.
 
-Run it (about 22 minutes on two cores; ``--quick`` for one cluster and few sizes)::
+Run it (about 35 minutes on two cores; ``--quick`` for one cluster and few sizes)::
 
     python -m tamoe.experiments.crossover -o experiments/crossover.json
 
@@ -62,10 +62,13 @@ class Grid:
     tokens: tuple[int, ...] = tuple(2**power for power in range(4, 13))
     top_k: tuple[int, ...] = (1, 2, 4, 8)
     repetitions: int = 5
+    # Of what varies: times of 30 ms vary by a third on shared cores, so that of 15 runs medians of
+    # equally fast exchanges differed by over 5 %.
+    most_runs: int = 200
 
 
 FULL = Grid()
-QUICK = Grid(FULL.clusters[:1], (16, 256), (1, 8), (16, 64, 256, 1024), (1, 8), 3)
+QUICK = Grid(FULL.clusters[:1], (16, 256), (1, 8), (16, 64, 256, 1024), (1, 8), 3, 9)
 
 
 # ---- what is measured, and what the model says ------------------------------------------------
@@ -104,7 +107,7 @@ def measure_cluster(spec: str, grid: Grid, repetitions: int) -> tuple[Topology, 
     # Local routings take two thirds of the fit's time on 16 ranks, and no routing here is local.
     fitted = [case for case in calibration_cases(topology) if not case.name.startswith("local")]
     constants, measured, dropped = calibrate_and_measure(
-        spec, "crossover", topology, fitted, cases, repetitions
+        spec, "crossover", topology, fitted, cases, repetitions, most_runs=grid.most_runs
     )
     topology = with_constants(topology, constants)
     return topology, {
@@ -212,7 +215,10 @@ def choices(emulated: Sequence[Row], simulated: Sequence[Row]) -> dict[str, Any]
 def main(
     output: Annotated[Path, typer.Option("-o", "--output")] = Path("crossover.json"),
     repetitions: Annotated[
-        int | None, typer.Option(min=1, help="Of each exchange, in turns; 5, with --quick 3.")
+        int | None,
+        typer.Option(
+            min=1, help="Of each exchange, in turns, more if it varies; 5, with --quick 3."
+        ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="2x4 alone, few sizes.")] = False,
 ) -> None:

@@ -105,6 +105,7 @@ def measure(
     *,
     budget_s: float | None = None,
     steady: float | None = None,
+    most_runs: int | None = None,
     backward: bool = False,
 ) -> list[Measured]:
     """Time every exchange in every case, all groups of a case at once; every rank calls it.
@@ -125,7 +126,9 @@ def measure(
         Seconds after which cases do not run again; they run at least twice. None: no limit.
     steady
         Standard error of a median, as a share of it, above which an exchange goes on to run, in
-        turns, up to ``MOST_AGAIN`` times as often. None: none does.
+        turns. None: none does.
+    most_runs
+        Of an exchange that varies, >= repetitions; None: ``MOST_AGAIN`` times as many.
     backward
         Time the backward passes, too, of tokens and weights that need gradients.
 
@@ -158,7 +161,7 @@ def measure(
             count()
     count.end()
     if steady is not None:
-        again = range(repetitions + 1, MOST_AGAIN * repetitions + 1)
+        again = range(repetitions + 1, (most_runs or MOST_AGAIN * repetitions) + 1)
         count = Count(progress, "runs of what varies", len(again))
         for done in again:
             varied = [(one, names) for one in timed if (names := one.varied(steady))]
