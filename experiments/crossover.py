@@ -1,6 +1,6 @@
 """From which size on the hierarchical exchange is faster than the flat ones, on emulated clusters.
 
-Run it (about 35 minutes on two cores; ``--quick`` for one cluster and few sizes)::
+Run it (about 40 minutes on two cores; ``--quick`` for one cluster and few sizes)::
 
     python -m tamoe.experiments.crossover -o experiments/crossover.json
 
@@ -64,7 +64,7 @@ class Grid:
     repetitions: int = 5
     # Of what varies: times of 30 ms vary by a third on shared cores, so that of 15 runs medians of
     # equally fast exchanges differed by over 5 %.
-    most_runs: int = 200
+    most_runs: int = 60
 
 
 FULL = Grid()
