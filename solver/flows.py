@@ -27,9 +27,9 @@ TOGETHER = 0.005
 FREE_BYTES_PER_S = 1e15
 SOON_S = 1e-9  # work that is left when it has as good as ended
 # Share of a link that a flow of a later step takes beside one of an earlier step, whose connection
-# has its window open. With 1, rounds on eight nodes were predicted up to 14 % too long, with .5
-# hierarchical exchanges on two levels and on eight nodes 8 %, with this 6 % (emulated).
-LATER = 0.75
+# has its window open. With 1, a combine in rounds on three nodes was predicted 11 % too long, with
+# .25 one-hot exchanges beside a slow node 6 % (emulated), with .5 none of both.
+LATER = 0.5
 # Flows share a link in proportion to their bytes and these. Without it, small ones ended with the
 # large ones beside them, and one-hot dispatches in rounds were predicted 23 % too long.
 HEAD_BYTES = 2.0**16
