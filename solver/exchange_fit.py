@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,8 @@ from tamoe.solver.exchange_rows import KEYS, Exchange, Key, Rows, Way
 from tamoe.topology.errors import InputError
 from tamoe.topology.graph import Topology
 
-# Of ms at the start, ms a message, ns a byte, ns a byte of its own, share that crossing flows keep.
+# Where the fit begins: ms at the start (there, of the times' own), ms a message, ns a byte, ns a byte
+# of its own, share that crossing flows keep.
 _START = np.array([5.0, 0.1, 1.0, 1.0, 0.9])
 _SCALE = np.array([10.0, 0.2, 1.0, 1.0, 0.1])
 _LEAST, _MOST = [0.0, 0.0, 0.0, 0.0, 0.5], [1e3, 1e3, 1e3, 1e3, 1.0]
@@ -21,7 +23,9 @@ _STEPS = np.diag([0.3, 0.01, 0.03, 0.05, -0.01])
 _LOSSES = ("linear", "soft_l1")  # from a far start the first is faster
 _STEPS_EACH = 10
 BOUND = 0.01  # error that a constant is worth that lies its scale away from the start
-LEAST_SPREAD = 0.05  # steadier times are no better: the model's own errors are of this size
+LEAST_ERROR = 0.05  # surer times are no better: the model's own errors are of this size
+ERROR_OF_MEDIAN = 0.93  # of values with a normal distribution, times the range of the middle half
+START_SHARE = 0.75  # of the shortest time, which next to nothing moves in; the fit begins there
 MOST_STEPS = len(_LOSSES) * _STEPS_EACH
 
 
@@ -62,7 +66,7 @@ def fit(
 ) -> Mapping[tuple[str, str], Constants]:
     """Constants whose predictions are nearest to what was measured, in relative terms.
 
-    Times that vary less count for more.
+    Times whose medians are surer count for more.
 
     Parameters
     ----------
@@ -114,6 +118,15 @@ def fit(
     return fitted
 
 
+def error_of_median(spread: Any, runs: int) -> Any:
+    """Standard error of a median as a share of it, from the middle half's range as a share.
+
+    >>> round(error_of_median(0.3, 9), 3)
+    0.093
+    """
+    return ERROR_OF_MEDIAN * spread / runs**0.5
+
+
 def _fit_one(
     topology: Topology,
     measured: Sequence[Measured],
@@ -122,8 +135,8 @@ def _fit_one(
 ) -> Constants:
     from scipy.optimize import least_squares
 
-    spread = np.array([one.spread for one in measured])
-    weight = LEAST_SPREAD / np.hypot(LEAST_SPREAD, spread)
+    error_of = np.array([error_of_median(one.spread, one.runs) for one in measured])
+    weight = LEAST_ERROR / np.hypot(LEAST_ERROR, error_of)
 
     def constants(values: np.ndarray) -> Constants:
         start_ms, message_ms, work_ns, own_ns, share = [*values.tolist(), 1.0][: len(_START)]
@@ -147,7 +160,8 @@ def _fit_one(
     # Where no link mixes flows, as on two nodes, nothing tells what that costs.
     mixes = not np.array_equal(log_ratios(_START), log_ratios(_START + _STEPS[-1]))
     num = len(_START) if mixes else len(_START) - 1
-    start, scale = _START[:num], _SCALE[:num]
+    start, scale = _START[:num].copy(), _SCALE[:num]
+    start[0] = min(START_SHARE * 1e3 * min(one.seconds for one in measured), _MOST[0])
 
     def error(values: np.ndarray) -> np.ndarray:
         # Weakly bound to the start: a constant that hides behind others has no best value.
@@ -170,7 +184,7 @@ def _fit_one(
             x_scale=scale,
             jac=jacobian,
             loss=loss,
-            f_scale=LEAST_SPREAD,
+            f_scale=LEAST_ERROR,
             ftol=1e-3,
             xtol=1e-3,
             max_nfev=_STEPS_EACH,

@@ -25,7 +25,7 @@ from tamoe.groups import works_by_gloo
 from tamoe.progress import Count, Progress
 from tamoe.relays import count_copies, plan_forwarding
 from tamoe.solver.constants import ROUNDS_AHEAD, Constants, with_constants
-from tamoe.solver.exchange_fit import MOST_STEPS, Measured, fit
+from tamoe.solver.exchange_fit import MOST_STEPS, Measured, error_of_median, fit
 from tamoe.solver.exchange_rows import ALL_WAYS, EXCHANGES, KEYS, WAYS, Rows, rows_of_group
 from tamoe.solver.relays import make_relays, sum_groups
 from tamoe.summation import count_sums
@@ -42,7 +42,6 @@ INSIDE = ((1024, 8), (4096, 2), (4096, 8))
 REPETITIONS = 9
 MOST_AGAIN = 3
 Result = TypeVar("Result")
-ERROR_OF_MEDIAN = 0.93  # of values with a normal distribution, times the range of the middle half
 
 
 def calibration_cases(topology: Topology) -> list[Case]:
@@ -249,8 +248,7 @@ class _Timed:
         for name in self._looked_at:
             runs = self.last_s(name)
             low_s, middle_s, high_s = np.percentile(runs, (25, 50, 75), axis=0)
-            errors = ERROR_OF_MEDIAN * (high_s - low_s) / middle_s / len(runs) ** 0.5
-            if (errors <= steady).all():
+            if (error_of_median((high_s - low_s) / middle_s, len(runs)) <= steady).all():
                 self._looked_at = [other for other in self._looked_at if other != name]
         return self._looked_at
 

@@ -84,12 +84,22 @@ def test_times_that_vary_count_for_less() -> None:
     ]
     wrong = dataclasses.replace(given[2], seconds=1.3 * given[2].seconds)
     predicted = []
-    for third in (given[2], wrong, dataclasses.replace(wrong, spread=2.0)):
+    unsure = dataclasses.replace(wrong, spread=2.0)
+    for third in (given[2], wrong, unsure, dataclasses.replace(unsure, runs=2000)):
         found = fit(TWO_NODES, [*given[:2], third, *given[3:]], 2, [key], rounds_ahead=0)[key]
         assert found.rounds_ahead == 0
         predicted.append([predict(TWO_NODES, *key, one.groups, found).time_s for one in given])
-    moved, moved_less = (np.abs(np.divide(p, predicted[0]) - 1).max() for p in predicted[1:])
+    moved, moved_less, sure = (np.abs(np.divide(p, predicted[0]) - 1).max() for p in predicted[1:])
     assert moved_less < 0.3 * moved
+    assert sure > 0.7 * moved  # what varies has a median as sure as any after so many runs
+
+
+def test_a_fit_may_begin_anywhere() -> None:
+    key: Key = ("flat rounds", "dispatch")
+    times = [one for n, on in enumerate(SETTINGS) for one in timed(TWO_NODES, *on, n)]
+    later = [dataclasses.replace(one, seconds=one.seconds + 2.0) for one in times]
+    found = fit(TWO_NODES, later, 2, [key])[key]  # more than a start is allowed to be
+    assert found.start_s == pytest.approx(1.0, abs=0.01)
 
 
 def test_a_fit_refuses_fewer_times_than_constants() -> None:
