@@ -14,8 +14,8 @@ from tamoe.solver.exchange_rows import KEYS, Exchange, Key, Rows, Way
 from tamoe.topology.errors import InputError
 from tamoe.topology.graph import Topology
 
-# Where the fit begins: ms at the start (there, of the times' own), ms a message, ns a byte, ns a byte
-# of its own, share that crossing flows keep.
+# Where the fit begins: ms at the start (in a fit, of the times' own), ms a message, ns a byte, ns a
+# byte of its own, share that crossing flows keep.
 _START = np.array([5.0, 0.1, 1.0, 1.0, 0.9])
 _SCALE = np.array([10.0, 0.2, 1.0, 1.0, 0.1])
 _LEAST, _MOST = [0.0, 0.0, 0.0, 0.0, 0.5], [1e3, 1e3, 1e3, 1e3, 1.0]
