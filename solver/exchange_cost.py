@@ -35,10 +35,10 @@ PACKED, ALONG = 0.25, 0.5
 # over two hops were predicted up to 19 % too long. In other ways, where ranks begin together, .5
 # predicted up to 10 % too short (emulated).
 BEHIND = 0.5
-# Of a dispatch's start, what ranks that share cores come out of one after another: rows of the
+# Of a dispatch's start, what ranks that share few cores come out of one after another: rows of the
 # first are under way while the others plan. Without it, one-hot dispatches of 16 ranks on two cores
 # were predicted up to 14 % too long (emulated).
-APART = 0.3
+APART = 0.35
 # Of a hierarchical dispatch's work on tokens, what comes before its first rows; the other parts are
 # planned while rows are under way. With all of it before them, dispatches of two groups on nodes of
 # their own were predicted 9 % too long (emulated, 4x2).
@@ -110,9 +110,8 @@ def predict(
     largest = max((len(rows.ranks) for rows in groups), default=0)
     # Half of it is a rank's own planning, half grows with the ranks that it tells its counts to.
     start_s = constants.start_s * (1 + largest / topology.num_ranks) / 2
-    if plans and constants.at_once is not None and constants.at_once < topology.num_ranks:
-        _begin_apart(topology, steps_P, APART * start_s * constants.at_once)
-        start_s *= 1 - APART
+    if plans and constants.at_once is not None:
+        start_s -= _begin_apart(topology, steps_P, start_s, constants.at_once)
     if topology.num_ranks <= MOST_RANKS:
         line = run_steps(
             topology,
@@ -132,14 +131,22 @@ def predict(
     return Prediction(time_s, busy_s, _bottleneck(topology, time_s, busy_s))
 
 
-def _begin_apart(topology: Topology, steps_P: list[list[Step]], core_s: float) -> None:
-    """Have the ranks work so much together before their first steps, each longer than the last."""
+def _begin_apart(
+    topology: Topology, steps_P: list[list[Step]], start_s: float, cores: int
+) -> float:
+    """Make the end of the start work of the ranks, each with more than the last; its seconds.
+
+    The more cores there are for a rank, the less ranks come out one after another; so the last one
+    has no more work than these seconds, but for a twentieth of the start.
+    """
     order = sorted((place, rank) for ranks in topology.nodes for place, rank in enumerate(ranks))
     planning = [rank for _, rank in order if steps_P[rank]]  # first ranks of all nodes at first
+    apart_s = APART * start_s * max(1 - cores / max(len(planning), 1), 0.0)
     for number, rank in enumerate(planning):
         first, *others = steps_P[rank]
-        work_s = first.work_s + core_s * (2 * number + 1) / len(planning) ** 2
+        work_s = first.work_s + cores * apart_s * (2 * number + 1) / len(planning) ** 2
         steps_P[rank] = [replace(first, work_s=work_s), *others]
+    return apart_s
 
 
 def _bottleneck(topology: Topology, time_s: float, busy_s: Mapping[tuple[str, str], float]) -> str:
@@ -262,9 +269,8 @@ def _relayed_steps(
     def add(flows: Sequence[Flows], part: int | None, ahead: tuple[int, int] = (0, 0)) -> None:
         work_sp, near = beside(part)
         work_sp = work_sp + work.messages_s(flows)
-        if (
-            rows.told and way == "dispatch"
-        ):  # positions go along with the rows that they are about, weights at first
+        if told and way == "dispatch":
+            # Positions go along with the rows that they are about, weights at first.
             work_sp = work_sp + work.messages_s(flows)
             if len(steps_p[0]) == 1:  # right behind the plan
                 work_sp = work_sp + work.messages_s(weights)
@@ -272,9 +278,10 @@ def _relayed_steps(
             steps.append(Step((*flows[place], *near[place]), float(work_sp[place]), *ahead))
 
     nothing: list[Flows] = [()] * len(rows.ranks)
-    weights = [
-        tuple((source, target, 0.0) for target in rows.ranks if target != source and num_bytes)
-        for source, num_bytes in zip(rows.ranks, rows.own_bytes_p, strict=False)
+    told = rows.weights_pp is not None
+    weights: list[Flows] = [
+        tuple((rows.ranks[i], rows.ranks[j], 0.0) for j in np.flatnonzero(to_p).tolist() if i != j)
+        for i, to_p in enumerate([] if rows.weights_pp is None else rows.weights_pp)
     ]
     if way == "combine":
         for part in range(1 if order else len(parts)):
@@ -297,7 +304,7 @@ def _relayed_steps(
     if way == "dispatch":
         for left in [arrived] if order else range(len(parts)):
             add(nothing, left)
-    elif rows.told and weights:
+    elif told:
         add(weights, None)
     return steps_p
 

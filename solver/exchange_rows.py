@@ -40,9 +40,9 @@ class Rows:
     own_bytes_p
         Bytes of the tokens of each rank; of a flat combine, of the sums that it makes and of those
         that it adds up again, and in its backward pass, of products of rows.
-    told
-        Whether ranks also tell each other where copies go, and weights; in the backward pass, what
-        gradients the weights have.
+    weights_pp
+        ``[p, p]`` where a rank also tells another weights of rows, or in the backward pass hears of
+        their gradients; a dispatch that does also tells where copies go. None: nothing is told.
     parts
         Shares of the tokens that travel together, in the order of a dispatch; of a flat exchange,
         of the rows.
@@ -51,7 +51,7 @@ class Rows:
     ranks: tuple[int, ...]
     hops_pp: Sequence[np.ndarray]
     own_bytes_p: Sequence[float] = ()
-    told: bool = False
+    weights_pp: np.ndarray | None = None
     parts: Sequence[float] = (1.0,)
 
 
@@ -111,15 +111,16 @@ def rows_of_group(
     }
     hops = hierarchical_rows(local, counts_pN, forward_pMM, rank_of_N)
     hops_pp = [hop_pp * row_bytes for hop_pp in hops]
-    told_pp = told_bytes(local, counts_pN, forward_pMM, rank_of_N)
+    position_pp = told_bytes(local, counts_pN, forward_pMM, rank_of_N)
     far_bytes_p = np.asarray(forward_pMM).sum((1, 2)) * row_bytes
     parts = part_shares(num_parts(max(token_bytes_p), max(far_bytes_p)))
-    rows = Rows(ranks, hops_pp, token_bytes_p, False, parts)
+    rows = Rows(ranks, hops_pp, token_bytes_p, parts=parts)
+    weighed = replace(rows, weights_pp=flat_pp > 0)
     relayed = {
-        "dispatch": replace(rows, hops_pp=[hops_pp[0] + told_pp, *hops_pp[1:]], told=True),
+        "dispatch": replace(weighed, hops_pp=[hops_pp[0] + position_pp, *hops_pp[1:]]),
         "combine": rows,
         "combine_backward": rows,
-        "dispatch_backward": replace(rows, told=True),
+        "dispatch_backward": weighed,
     }
     moved = {("hierarchical", way): of_way for way, of_way in relayed.items()}
     return moved | {(e, way): of_way for e in EXCHANGES[:2] for way, of_way in of_flat.items()}

@@ -195,32 +195,48 @@ def test_positions_and_weights_are_messages_of_a_dispatch():
     topology = tree("3x1")
     near_pp = np.zeros((3, 3))
     hop_pp = np.array([[0.0, 1.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
-    rows = Rows((0, 1, 2), [hop_pp, near_pp], [1.0, 0.0, 0.0], told=True)
     constants = Constants(message_s=1.0, at_once=1)
-    # One row: two ends of its message, two of its position, two for each of two other ranks.
-    told = predict(topology, "hierarchical", "dispatch", [rows], constants)
-    assert told.time_s == pytest.approx(2 + 2 + 4, rel=1e-6)
-    back = predict(
-        topology, "hierarchical", "combine", [dataclasses.replace(rows, told=False)], constants
-    )
+    # Two ends of each: of one row and its position; of weights for every rank that has rows.
+    for targets in ([], [1], [1, 2]):
+        weights_pp = np.zeros((3, 3), dtype=bool)
+        weights_pp[0, [0, *targets]] = True  # those that a rank keeps are no message
+        rows = Rows((0, 1, 2), [hop_pp, near_pp], [1.0, 0.0, 0.0], weights_pp)
+        told = predict(topology, "hierarchical", "dispatch", [rows], constants)
+        assert told.time_s == pytest.approx(2 + 2 + 2 * len(targets), rel=1e-6)
+        back = predict(topology, "hierarchical", "dispatch_backward", [rows], constants)
+        assert back.time_s == pytest.approx(2 + 2 * len(targets), rel=1e-6)
+    rows = dataclasses.replace(rows, weights_pp=None)
+    back = predict(topology, "hierarchical", "combine", [rows], constants)
     assert back.time_s == pytest.approx(2, rel=1e-6)
+
+
+def test_only_ranks_that_get_rows_hear_of_weights():
+    moved = random_rows(tree([3, 1]), 0, tokens=2, top_k=1)
+    for way in ("dispatch", "dispatch_backward"):
+        weights_pp = moved["hierarchical", way].weights_pp
+        assert 0 < weights_pp.sum() < weights_pp.size
+        assert ((moved["flat single", "dispatch"].hops_pp[0] > 0) == weights_pp).all()
 
 
 def test_part_of_the_work_on_tokens_is_done_while_rows_are_under_way():
     topology = tree("2x1")
     hop_pp = np.array([[0.0, 1e6], [1e6, 0.0]])
-    rows = Rows((0, 1), [hop_pp, np.zeros((2, 2))], [1e6, 1e6], told=True)
+    rows = Rows((0, 1), [hop_pp, np.zeros((2, 2))], [1e6, 1e6], hop_pp > 0)
     bare, planned = Constants(), Constants(work_s_per_own_byte=1e-6)
     times = {
         way: [predict(topology, "hierarchical", way, [rows], c).time_s for c in (bare, planned)]
-        for way, rows in (("dispatch", rows), ("combine", dataclasses.replace(rows, told=False)))
+        for way, rows in (
+            ("dispatch", rows),
+            ("combine", dataclasses.replace(rows, weights_pp=None)),
+        )
     }
     for links_s, time_s in times.values():
         assert time_s == pytest.approx(links_s + 1.0)
     # Of two parts, one is planned or added up while the other is on the link; a dispatch plans half
     # of both before its first rows.
     for way, (links_s, _) in times.items():
-        parts = dataclasses.replace(rows, told=way == "dispatch", parts=(0.5, 0.5))
+        told_pp = hop_pp > 0 if way == "dispatch" else None
+        parts = dataclasses.replace(rows, weights_pp=told_pp, parts=(0.5, 0.5))
         for much in (1.0, 1e-2):  # work takes longer than links, or less
             given = Constants(work_s_per_own_byte=much * 1e-6)
             found = predict(topology, "hierarchical", way, [parts], given)
@@ -237,7 +253,7 @@ def test_rows_that_a_rank_keeps_cost_as_much_as_those_it_sends_and_gets():
         for kept in (0.0, 1.0):
             hop_pp = np.diag([kept * 1e6] * 4) + (1 - kept) * 1e6 * np.eye(4)[[1, 0, 3, 2]]
             hops_pp = [hop_pp] if exchange.startswith("flat") else [np.zeros((4, 4)), hop_pp]
-            rows = Rows((0, 1, 2, 3), hops_pp, told=way == "dispatch")
+            rows = Rows((0, 1, 2, 3), hops_pp)
             given = Constants(work_s_per_byte=1e-5)
             times.append(predict(topology, exchange, way, [rows], given).time_s)
         assert times == pytest.approx([20.0, 20.0], rel=1e-3)

@@ -42,7 +42,7 @@ def test_a_group_inside_a_node_works_on_all_of_its_parts(way):
             topology,
             "hierarchical",
             way,
-            [Rows((0, 1), [hop_pp], [1e6, 1e6], way == "dispatch", parts)],
+            [Rows((0, 1), [hop_pp], [1e6, 1e6], parts=parts)],
             given,
         ).time_s
         for parts in shares
