@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tamoe.groups import works_by_gloo
 from tamoe.host_table import table_on
 from tamoe.node_channel import MOST_BYTES
 from tamoe.schedules import Mover, Nodes
@@ -20,21 +21,26 @@ from tamoe.word_swap import word_swap
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Headers travel in a message of fixed size: ranks that disagree on the number of experts must
-# still be able to read each other. Up to 242 counts for a peer fit in beside the header; further
+# still be able to read each other. Up to 241 counts for a peer fit in beside the header; further
 # ones follow in a second message, whose size is agreed on by then.
 MESSAGE_WORDS = 256
 _LAYOUT = "topology_or_plan or placement"
 _FIELDS = (
-    *("dtype", "hidden_size", "top_k", "num_experts", "requires_grad", "weight_TK"),
+    *("device", "dtype", "hidden_size", "top_k", "num_experts", "requires_grad", "weight_TK"),
     *("kind", "schedule", "chunks", "overlap", _LAYOUT),
 )
-_NAMES = {"kind": ("flat", "hierarchical", "none"), "schedule": ("single", "rounds")}
+_NAMES = {
+    "device": ("cpu", "cuda", "neither cpu nor cuda"),
+    "kind": ("flat", "hierarchical"),
+    "schedule": ("single", "rounds"),
+}
 
 
 @dataclass(frozen=True)
 class Header:
     """What must be equal on all ranks, and tokens T; ``problem``: this rank's reason to refuse."""
 
+    device: str  # type of the tokens'
     dtype: torch.dtype
     hidden_size: int
     top_k: int
@@ -51,12 +57,13 @@ class Header:
 
     def words(self) -> list[int]:
         """The fields as integers, the status first."""
+        device = _NAMES["device"].index(self.device) if self.device in _NAMES["device"] else 2
         dtype = DTYPES.index(self.dtype) if self.dtype in DTYPES else -1
         sizes = [self.hidden_size, self.top_k, self.num_experts]
         flags = [self.requires_grad, self.weighted]
         ways = [_NAMES["kind"].index(self.kind), _NAMES["schedule"].index(self.schedule)]
         ends = [self.chunks, self.pieces, self.layout, self.num_tokens]
-        return [int(self.problem is not None), dtype, *sizes, *flags, *ways, *ends]
+        return [int(self.problem is not None), device, dtype, *sizes, *flags, *ways, *ends]
 
 
 HEADER_WORDS = 3 + len(_FIELDS)  # the last: copies for other nodes, known on the device
@@ -120,7 +127,8 @@ def exchange_counts(
     num_words = num_ranks * MESSAGE_WORDS
     words, note = _rows(told[:num_words], MESSAGE_WORDS), told[len(told) - len(note_X) :]
     _require_equal([row[:HEADER_WORDS] for row in words], header.problem, bool(note[0]))
-    if message.device.type == "cpu" and message.numel() * message.element_size() <= MOST_BYTES:
+    small = message.numel() * message.element_size() <= MOST_BYTES
+    if small and works_by_gloo(mover.group, message.device):
         swap.agree(mover.nodes, mover.patience)  # headers tell that all ranks have these nodes
     received_PW = [row[HEADER_WORDS : HEADER_WORDS + inline] for row in words]
     if num_counts > inline:

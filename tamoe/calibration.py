@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from tamoe.cases import Case, Groups, everyone, inside_case, make_case, routing
 from tamoe.exchange import Exchange
-from tamoe.groups import works_by_gloo
+from tamoe.groups import token_device, works_by_gloo
 from tamoe.progress import Count, Progress
 from tamoe.relays import count_copies, plan_forwarding
 from tamoe.solver.constants import ROUNDS_AHEAD, Constants, with_constants
@@ -87,7 +87,8 @@ def calibrate(
     mine = KEYS[rank :: topology.num_ranks]  # a fit takes seconds, so ranks share the work
     fitting = Count(progress, "constants", len(mine) * MOST_STEPS)
     world = dist.group.WORLD
-    ahead = ROUNDS_AHEAD if world is not None and works_by_gloo(world) else 0
+    by_gloo = world is not None and works_by_gloo(world, token_device(world))
+    ahead = ROUNDS_AHEAD if by_gloo else 0
     constants = fit(topology, measured, at_once, mine, fitting, ahead)
     found: list[Mapping[tuple[str, str], Constants]] = [{}] * topology.num_ranks
     dist.all_gather_object(found, constants)
@@ -137,9 +138,8 @@ def measure(
         The same on all ranks; times are those of the last rank in each run.
     """
     world = dist.group.WORLD
-    on_gpu = world is not None and not works_by_gloo(world)
-    device = torch.device("cuda" if on_gpu else "cpu")
-    finish = torch.cuda.synchronize if on_gpu else lambda: None
+    device = token_device(world)
+    finish = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     joined = {groups: _join(rank, groups) for groups in dict.fromkeys(c.groups for c in cases)}
     moved, timed, pause_s = [], [], refill_s(topology)
     for seed, case in enumerate(cases):
@@ -187,6 +187,8 @@ def measure(
                     len(runs),
                 )
             )
+    for _, group in joined.values():  # else they would keep their connections while the job runs
+        dist.destroy_process_group(group)
     return measured
 
 

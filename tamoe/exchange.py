@@ -14,13 +14,26 @@ import torch
 
 from tamoe.agreement import Header, RefusedValues, exchange_counts, layout_code
 from tamoe.groups import (
+    backend_of,
     group_rank,
     group_size,
     group_topology,
     process_group,
+    token_device,
     works_by_gloo,
 )
-from tamoe.handle import Asked, Handle, again_problem, device_problem, input_problem, sort_keys
+from tamoe.handle import (
+    Asked,
+    Handle,
+    again_problem,
+    device_problem,
+    input_problem,
+    require_handle,
+    require_tensors,
+    rows_problem,
+    sort_keys,
+    weighted,
+)
 from tamoe.placement import Placement, contiguous, experts_problem, resolve_placement
 from tamoe.planning import Planner
 from tamoe.record import note_counts
@@ -49,11 +62,12 @@ class Exchange:
     round. A row is multiplied by its weight and rounded to the rows' dtype before it is added.
 
     A dispatch makes the host wait for the device once, for counts; twice where a rank has to be
-    told more than 242 of them (flat: E, the most experts that a rank has; hierarchical: E for each
+    told more than 241 of them (flat: E, the most experts that a rank has; hierarchical: E for each
     rank of a node and twice the nodes, for each part). The kernel sorts up to 12,288 experts times
     parts; beyond, PyTorch does, which waits, too. What follows, combine and the backward passes do
     not, given kernels (:mod:`tamoe.ops`), but for combine where gradients are on and neither tokens
-    nor weights need any: there ranks ask each other whether experts train. All ranks must call
+    nor weights need any: there ranks ask each other whether experts train. Where gloo moves tokens
+    of a GPU, all goes through the host's memory, which waits each time. All ranks must call
     dispatch and combine, and run backward, equally often and in the same order, also ranks without
     tokens.
 
@@ -151,8 +165,7 @@ class Exchange:
         if kind == "auto":
             from tamoe.solver.choice import choose_for  # loads what other kinds do not need
 
-            by_gloo = self.group is not None and works_by_gloo(self.group)
-            choice = choose_for(given, rounds_ahead=ROUNDS_AHEAD if by_gloo else 0)
+            choice = choose_for(given, rounds_ahead=ROUNDS_AHEAD if self._by_gloo() else 0)
             best, self.reason = choice.kind, choice.reason
             if schedule == "auto" and choice.schedule is not None:
                 schedule = choice.schedule
@@ -171,10 +184,11 @@ class Exchange:
         relays = make_relays(self.rank, self.nodes, groups)
         self._planner = Planner(self.kind, self._mover, relays, groups, self.chunks)
 
+    def _by_gloo(self) -> bool:
+        return self.group is not None and works_by_gloo(self.group, token_device(self.group))
+
     def _best_schedule(self) -> Schedule:
-        if self.group is None or len(self.nodes) == 1:
-            return "single"
-        return "rounds" if works_by_gloo(self.group) else "single"
+        return "rounds" if len(self.nodes) > 1 and self._by_gloo() else "single"
 
     def __repr__(self) -> str:
         return f"Exchange(kind={self.kind!r}, schedule={self.schedule!r}, nodes={self.nodes})"
@@ -233,13 +247,15 @@ class Exchange:
         ------
         InputError
             On every rank, before rows move: a shape, dtype, device or index that is not allowed on
-            one of them, or dtype, hidden size, K, N, need for gradients (of tokens or weights),
-            kind, schedule, chunks, pieces, nodes, switches or placement that differ. What is no
-            tensor at all, and a number of pieces below 1, is refused on its own rank alone.
+            one of them, or device, dtype, hidden size, K, N, need for gradients (of tokens or
+            weights), kind, schedule, chunks, pieces, nodes, switches or placement that differ. On
+            its own rank alone: what is no tensor at all, pieces below 1, and all of kind "none",
+            for which ranks of another kind wait until their timeout; so do ranks of tokens on the
+            CPU for one of tokens on a GPU where a backend of its own moves those.
         """
-        _require_tensors(x_TD=x_TD, expert_index_TK=expert_index_TK)
+        require_tensors(x_TD=x_TD, expert_index_TK=expert_index_TK)
         if weight_TK is not None:
-            _require_tensors(weight_TK=weight_TK)
+            require_tensors(weight_TK=weight_TK)
         num_parts = self._planner.num_parts(x_TD)
         problem = input_problem(
             x_TD, expert_index_TK, weight_TK, num_experts, self.num_ranks, self.placement
@@ -247,12 +263,13 @@ class Exchange:
         # A rank that refuses its input never gets to compare experts and where they are.
         rank_of_N = () if problem else self.placement_of(num_experts).rank_of_N
         header = Header(
+            device=x_TD.device.type,
             dtype=x_TD.dtype,
             hidden_size=x_TD.shape[-1] if x_TD.ndim else 0,
             top_k=expert_index_TK.shape[-1] if expert_index_TK.ndim else 0,
             num_experts=0 if problem else num_experts,
             requires_grad=torch.is_grad_enabled() * (1 + x_TD.requires_grad),
-            weighted=_weighted(weight_TK),
+            weighted=weighted(weight_TK),
             kind=self.kind,
             schedule=self.schedule,
             chunks=num_parts,
@@ -327,6 +344,8 @@ class Exchange:
         >>> exchange.dispatch_again(torch.tensor([[1.0], [2.0]]), handle)[0].tolist()
         [[2.0], [1.0]]
         """
+        require_tensors(x_TD=x_TD)
+        require_handle(handle)
         if handle.route.mover is not self._mover:
             raise InputError("handle is of another Exchange; allowed: from a dispatch of this one")
         problem = again_problem(x_TD, handle)
@@ -355,17 +374,13 @@ class Exchange:
         Raises
         ------
         InputError
-            On this rank alone: the rows' shape or dtype is not that of the dispatched rows.
+            On this rank alone: the rows' shape, dtype or device is not that of the dispatched rows.
         """
-        _require_tensors(row_RD=row_RD)
-        if not isinstance(handle, Handle):
-            raise InputError(f"handle is {type(handle).__name__}; allowed: what dispatch returned")
-        expected = (sum(handle.counts_E), handle.hidden_size)
-        if tuple(row_RD.shape) != expected or row_RD.dtype != handle.dtype:
-            raise InputError(
-                f"row_RD is {row_RD.dtype} of shape {tuple(row_RD.shape)}; allowed: {handle.dtype} "
-                f"of shape {expected}, as dispatched. Experts must keep shape and dtype"
-            )
+        require_tensors(row_RD=row_RD)
+        require_handle(handle)
+        problem = rows_problem(row_RD, handle)
+        if problem is not None:
+            raise InputError(problem)
         return handle.route.combine(row_RD, handle.weight, handle.anchor_beside(row_RD))
 
     # ---- what ranks agree on ------------------------------------------------------------------
@@ -374,21 +389,8 @@ class Exchange:
         """Raise the header's problem, after telling the other ranks of the group."""
         group = self._mover.group
         if group is not None:
-            by_gloo = works_by_gloo(group)
-            if device.type not in ("cpu", "cuda") or (device.type == "cpu" and not by_gloo):
-                device = torch.device("cpu" if by_gloo else "cuda")  # where the group works
+            if device.type not in ("cpu", "cuda") or backend_of(group, device) is None:
+                device = token_device(group)
             nothing_PW = torch.zeros(self.num_ranks, 2, dtype=torch.int64, device=device)
             exchange_counts(header, nothing_PW, nothing_PW[0], self._mover)
         raise InputError(header.problem)
-
-
-def _require_tensors(**values: object) -> None:
-    for name, value in values.items():
-        if not isinstance(value, torch.Tensor):
-            raise InputError(f"{name} is {type(value).__name__}; allowed: torch.Tensor")
-
-
-def _weighted(weight_TK: torch.Tensor | None) -> int:
-    if weight_TK is None:
-        return 0
-    return 2 if weight_TK.requires_grad and torch.is_grad_enabled() else 1

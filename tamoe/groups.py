@@ -106,12 +106,42 @@ def group_timeout_s(group: ProcessGroup) -> float:
     return float((timeout or dist.constants.default_pg_timeout).total_seconds())
 
 
+def backend_of(group: ProcessGroup, device: torch.device) -> str | None:
+    """Name of the backend that moves a group's tensors of a device; None: none does.
+
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> backend_of(dist.group.WORLD, torch.device("cpu"))
+    'gloo'
+    >>> dist.destroy_process_group()
+    """
+    try:
+        name: str = group._get_backend(device).name()
+    except RuntimeError:
+        return None
+    return name
+
+
 def works_by_gloo(group: ProcessGroup, device: torch.device | None = None) -> bool:
     """Whether the group moves tensors of a device, None: the CPU's, with gloo."""
-    try:
-        return "gloo" in group._get_backend(device or torch.device("cpu")).name()
-    except RuntimeError:  # no backend for the device
-        return False
+    return "gloo" in (backend_of(group, device or torch.device("cpu")) or "")
+
+
+def token_device(group: ProcessGroup | None) -> torch.device:
+    """Type of the device that a group's tokens are most likely on.
+
+    The GPU where the group moves its tensors with a backend made for it, such as NCCL, or those of
+    no other device; else the CPU.
+
+    >>> token_device(None)
+    device(type='cpu')
+    """
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    if group is None:
+        return cpu
+    by_cpu = backend_of(group, cpu)
+    if torch.cuda.is_available() and backend_of(group, gpu) not in (None, by_cpu):
+        return gpu
+    return gpu if by_cpu is None else cpu
 
 
 def group_topology(topology_or_plan: Any, group: ProcessGroup | None) -> Topology | None:

@@ -13,10 +13,11 @@ import torch
 
 from tamoe.agreement import DTYPES, Header, true_anywhere
 from tamoe.flat import FlatRoute
-from tamoe.groups import works_by_gloo
+from tamoe.groups import backend_of
 from tamoe.hierarchical import RelayRoute
 from tamoe.host_table import table_on
 from tamoe.placement import Placement, experts_problem
+from tamoe.topology.errors import InputError
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -81,6 +82,30 @@ class Asked:
         )
 
 
+def require_tensors(**values: object) -> None:
+    """Refuse what is no tensor, by its name."""
+    for name, value in values.items():
+        if not isinstance(value, torch.Tensor):
+            raise InputError(f"{name} is {type(value).__name__}; allowed: torch.Tensor")
+
+
+def require_handle(handle: object) -> None:
+    """Refuse what no dispatch returned."""
+    if not isinstance(handle, Handle):
+        raise InputError(f"handle is {type(handle).__name__}; allowed: what dispatch returned")
+
+
+def weighted(weight_TK: torch.Tensor | None) -> int:
+    """0: no weights, 1: weights, 2: weights that need a gradient.
+
+    >>> weighted(None), weighted(torch.ones(1, 1))
+    (0, 1)
+    """
+    if weight_TK is None:
+        return 0
+    return 2 if weight_TK.requires_grad and torch.is_grad_enabled() else 1
+
+
 def input_problem(
     x_TD: torch.Tensor,
     index_TK: torch.Tensor,
@@ -126,9 +151,22 @@ def device_problem(device: torch.device, group: dist.ProcessGroup | None) -> str
     >>> device_problem(torch.device("cpu"), None) is None
     True
     """
-    if group is None or device.type != "cpu" or works_by_gloo(group):
+    if group is None or device.type != "cpu" or backend_of(group, device) is not None:
         return None
     return "x_TD is on cpu; allowed: cuda, as the group has no backend for the CPU"
+
+
+def rows_problem(row_RD: torch.Tensor, handle: Handle) -> str | None:
+    """What is not allowed about rows that are to go back after a dispatch."""
+    expected = (sum(handle.counts_E), handle.hidden_size)
+    if tuple(row_RD.shape) != expected or row_RD.dtype != handle.dtype:
+        return (
+            f"row_RD is {row_RD.dtype} of shape {tuple(row_RD.shape)}; allowed: {handle.dtype} of "
+            f"shape {expected}, as dispatched. Experts must keep shape and dtype"
+        )
+    if row_RD.device != handle.device:
+        return f"row_RD is on {row_RD.device}; allowed: {handle.device}, as dispatched"
+    return None
 
 
 def again_problem(x_TD: torch.Tensor, handle: Handle) -> str | None:

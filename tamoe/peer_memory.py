@@ -71,8 +71,10 @@ def _shared_file(num_bytes: int, group: ProcessGroup | None) -> PeerMemory:
         try:
             descriptor, name = tempfile.mkstemp(prefix="tamoe-", dir=folder)
             path = [name]
-            os.posix_fallocate(descriptor, 0, stride * size)  # else a full disk is a SIGBUS later
-            os.close(descriptor)
+            try:  # without room, a full disk is a SIGBUS later
+                os.posix_fallocate(descriptor, 0, stride * size)
+            finally:
+                os.close(descriptor)
         except OSError as error:
             problem = f"{error.strerror}"
     dist.broadcast_object_list(path, group=group, group_src=0)

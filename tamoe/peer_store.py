@@ -197,8 +197,14 @@ class PeerStore:
                 f"send_count_P is {send_count_P.dtype} of shape {tuple(send_count_P.shape)}; "
                 f"allowed: torch.int64, [{self.num_ranks}]"
             )
-        if source_n is not None and (source_n.ndim != 1 or source_n.is_floating_point()):
-            raise InputError(f"source_n is {source_n.dtype}; allowed: integers, one dim")
+        no_integers = torch.bool, torch.complex64, torch.complex128, torch.complex32
+        if source_n is not None and (
+            source_n.ndim != 1 or source_n.is_floating_point() or source_n.dtype in no_integers
+        ):
+            raise InputError(
+                f"source_n is {source_n.dtype} of shape {tuple(source_n.shape)}; allowed: "
+                f"integers, [n]"
+            )
         given = ("row_ND", row_ND), ("send_count_P", send_count_P), ("source_n", source_n)
         for name, tensor in given:
             if tensor is not None and tensor.device != buffer_RD.device:

@@ -46,7 +46,6 @@ class Share:
     parent_TM: torch.Tensor  # forwarding trees
     own_M: Sequence[Told]  # for the ranks of each node
     told_P: Sequence[Told]
-    relays: Relays
 
     @cached_property
     def copies(self) -> Copies:
@@ -185,7 +184,6 @@ def make_shares(
                 parent_TM=sorted_choices.parent_TM[tokens],
                 own_M=own_M,
                 told_P=told_P,
-                relays=relays,
             )
         )
         begin = end

@@ -64,14 +64,15 @@ class WordSwap:
 
     def swap(self, message_PW: torch.Tensor, patience: Patience) -> torch.Tensor:
         """The message that every rank has for this one, ``[P, W]`` int32, by rank."""
-        small = message_PW.numel() * message_PW.element_size() <= MOST_BYTES
-        if self._channel is not None and small and message_PW.device.type == "cpu":
-            return torch.from_numpy(self._by_node(message_PW.numpy(), self._channel, patience))
         where, group = "counts, all ranks at once", self._group_of()
         assert group is not None
         device = message_PW.device
         if device.type != "cpu" and works_by_gloo(group, device):  # it reads the host's memory only
             message_PW = message_PW.cpu()
+        small = message_PW.numel() * message_PW.element_size() <= MOST_BYTES
+        if self._channel is not None and small and message_PW.device.type == "cpu":
+            words_PW = self._by_node(message_PW.numpy(), self._channel, patience)
+            return torch.from_numpy(words_PW).to(device)
         answer_PW = torch.empty_like(message_PW)
         with patience.trying(self._others, where):
             work = dist.all_to_all_single(answer_PW, message_PW, group=group, async_op=True)

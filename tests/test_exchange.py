@@ -112,10 +112,10 @@ def test_more_choices_than_32_bits_count_are_refused():
 
 def test_tokens_must_be_where_the_backend_works():
     group: Any = object()
-    for by_gloo in (True, False):
-        with mock.patch("tamoe.handle.works_by_gloo", return_value=by_gloo):
+    for backend in ("gloo", "mpi", None):
+        with mock.patch("tamoe.handle.backend_of", return_value=backend):
             problem = device_problem(torch.device("cpu"), group)
-            assert problem is None if by_gloo else "x_TD is on cpu; allowed: cuda" in str(problem)
+            assert problem is None if backend else "x_TD is on cpu; allowed: cuda" in str(problem)
             assert device_problem(torch.device("cuda"), group) is None
 
 

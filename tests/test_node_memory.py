@@ -54,6 +54,7 @@ def in_ranks(rank: int, failing: str | None) -> Any:
     if failing == "folder" and rank == 2:
         node_memory._FOLDER = "/nowhere"
     memory = NodeMemory.connect(group, rank, near, PATIENCE)
+    dist.barrier()  # others may still be about to open theirs
     left = [path.name for path in FOLDER.glob("tamoe-*")]
     if memory is None:
         return None, left, 0
@@ -79,6 +80,7 @@ def test_rows_arrive_and_no_file_is_left() -> None:
     before = set(FOLDER.glob("tamoe-*"))
     answers = run_ranks(4, in_ranks, None, timeout_s=120)
     assert all(seen > 100 for seen, _, _ in answers)
+    assert all({FOLDER / name for name in left} <= before for _, left, _ in answers)
     assert set(FOLDER.glob("tamoe-*")) <= before
 
 
