@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from tamoe.cases import Case, Groups, everyone, inside_case, make_case, routing
 from tamoe.exchange import Exchange
-from tamoe.groups import token_device, works_by_gloo
+from tamoe.groups import token_device, tokens_by_gloo
 from tamoe.progress import Count, Progress
 from tamoe.relays import count_copies, plan_forwarding
 from tamoe.solver.constants import ROUNDS_AHEAD, Constants, with_constants
@@ -86,9 +86,7 @@ def calibrate(
     measured = measure(rank, topology, cases, REPETITIONS, progress, budget_s=budget_s)
     mine = KEYS[rank :: topology.num_ranks]  # a fit takes seconds, so ranks share the work
     fitting = Count(progress, "constants", len(mine) * MOST_STEPS)
-    world = dist.group.WORLD
-    by_gloo = world is not None and works_by_gloo(world, token_device(world))
-    ahead = ROUNDS_AHEAD if by_gloo else 0
+    ahead = ROUNDS_AHEAD if tokens_by_gloo(dist.group.WORLD) else 0
     constants = fit(topology, measured, at_once, mine, fitting, ahead)
     found: list[Mapping[tuple[str, str], Constants]] = [{}] * topology.num_ranks
     dist.all_gather_object(found, constants)
@@ -137,8 +135,7 @@ def measure(
     list
         The same on all ranks; times are those of the last rank in each run.
     """
-    world = dist.group.WORLD
-    device = token_device(world)
+    device = token_device(dist.group.WORLD)
     finish = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     joined = {groups: _join(rank, groups) for groups in dict.fromkeys(c.groups for c in cases)}
     moved, timed, pause_s = [], [], refill_s(topology)

@@ -20,7 +20,7 @@ from tamoe.groups import (
     group_topology,
     process_group,
     token_device,
-    works_by_gloo,
+    tokens_by_gloo,
 )
 from tamoe.handle import (
     Asked,
@@ -165,7 +165,8 @@ class Exchange:
         if kind == "auto":
             from tamoe.solver.choice import choose_for  # loads what other kinds do not need
 
-            choice = choose_for(given, rounds_ahead=ROUNDS_AHEAD if self._by_gloo() else 0)
+            ahead = ROUNDS_AHEAD if tokens_by_gloo(self.group) else 0
+            choice = choose_for(given, rounds_ahead=ahead)
             best, self.reason = choice.kind, choice.reason
             if schedule == "auto" and choice.schedule is not None:
                 schedule = choice.schedule
@@ -184,11 +185,8 @@ class Exchange:
         relays = make_relays(self.rank, self.nodes, groups)
         self._planner = Planner(self.kind, self._mover, relays, groups, self.chunks)
 
-    def _by_gloo(self) -> bool:
-        return self.group is not None and works_by_gloo(self.group, token_device(self.group))
-
     def _best_schedule(self) -> Schedule:
-        return "rounds" if len(self.nodes) > 1 and self._by_gloo() else "single"
+        return "rounds" if len(self.nodes) > 1 and tokens_by_gloo(self.group) else "single"
 
     def __repr__(self) -> str:
         return f"Exchange(kind={self.kind!r}, schedule={self.schedule!r}, nodes={self.nodes})"

@@ -126,6 +126,15 @@ def works_by_gloo(group: ProcessGroup, device: torch.device | None = None) -> bo
     return "gloo" in (backend_of(group, device or torch.device("cpu")) or "")
 
 
+def tokens_by_gloo(group: ProcessGroup | None) -> bool:
+    """Whether gloo moves a group's tokens, on the device where they most likely are.
+
+    >>> tokens_by_gloo(None)
+    False
+    """
+    return group is not None and works_by_gloo(group, token_device(group))
+
+
 def token_device(group: ProcessGroup | None) -> torch.device:
     """Type of the device that a group's tokens are most likely on.
 

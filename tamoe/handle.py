@@ -158,27 +158,29 @@ def device_problem(device: torch.device, group: dist.ProcessGroup | None) -> str
 
 def rows_problem(row_RD: torch.Tensor, handle: Handle) -> str | None:
     """What is not allowed about rows that are to go back after a dispatch."""
-    expected = (sum(handle.counts_E), handle.hidden_size)
-    if tuple(row_RD.shape) != expected or row_RD.dtype != handle.dtype:
+    why = "as dispatched. Experts must keep shape, dtype and device"
+    return _unlike("row_RD", row_RD, sum(handle.counts_E), handle, why)
+
+
+def _unlike(
+    name: str, given_ND: torch.Tensor, num_rows: int, handle: Handle, why: str
+) -> str | None:
+    expected = (num_rows, handle.hidden_size)
+    if tuple(given_ND.shape) != expected or given_ND.dtype != handle.dtype:
         return (
-            f"row_RD is {row_RD.dtype} of shape {tuple(row_RD.shape)}; allowed: {handle.dtype} of "
-            f"shape {expected}, as dispatched. Experts must keep shape and dtype"
+            f"{name} is {given_ND.dtype} of shape {tuple(given_ND.shape)}; allowed: "
+            f"{handle.dtype} of shape {expected}, {why}"
         )
-    if row_RD.device != handle.device:
-        return f"row_RD is on {row_RD.device}; allowed: {handle.device}, as dispatched"
+    if given_ND.device != handle.device:
+        return f"{name} is on {given_ND.device}; allowed: {handle.device}, {why}"
     return None
 
 
 def again_problem(x_TD: torch.Tensor, handle: Handle) -> str | None:
     """What is not allowed about tokens that are to go the way of an earlier dispatch."""
-    expected = (handle.num_tokens, handle.hidden_size)
-    if tuple(x_TD.shape) != expected or x_TD.dtype != handle.dtype:
-        return (
-            f"x_TD is {x_TD.dtype} of shape {tuple(x_TD.shape)}; allowed: {handle.dtype} of shape "
-            f"{expected}, as in the dispatch that gave the handle"
-        )
-    if x_TD.device != handle.device:
-        return f"x_TD is on {x_TD.device}; allowed: {handle.device}, as in that dispatch"
+    unlike = _unlike("x_TD", x_TD, handle.num_tokens, handle, "as in the dispatch of the handle")
+    if unlike is not None:
+        return unlike
     if torch.is_grad_enabled() != handle.grad_enabled:
         now, then = ("off", "on") if handle.grad_enabled else ("on", "off")
         return (

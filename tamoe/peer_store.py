@@ -22,6 +22,8 @@ from tamoe.waiting import checked_timeout
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 class PeerStore:
     """Receive buffers of the ranks of one node, and the exchange that fills them.
@@ -197,10 +199,7 @@ class PeerStore:
                 f"send_count_P is {send_count_P.dtype} of shape {tuple(send_count_P.shape)}; "
                 f"allowed: torch.int64, [{self.num_ranks}]"
             )
-        no_integers = torch.bool, torch.complex64, torch.complex128, torch.complex32
-        if source_n is not None and (
-            source_n.ndim != 1 or source_n.is_floating_point() or source_n.dtype in no_integers
-        ):
+        if source_n is not None and (source_n.ndim != 1 or source_n.dtype not in _INTEGERS):
             raise InputError(
                 f"source_n is {source_n.dtype} of shape {tuple(source_n.shape)}; allowed: "
                 f"integers, [n]"

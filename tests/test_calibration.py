@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
 from tamoe import calibration
 from tamoe.calibration import calibrate, calibration_cases, measure
@@ -237,6 +238,7 @@ def calibrated_on_a_rank(rank):
     )
     alone = Topology.from_tree("1x2", bandwidth_bytes_per_s=(1e9, 1e9))
     assert calibrate(rank, alone) is alone  # one node: nothing to choose
+    assert list(dist.distributed_c10d._world.pg_map) == [dist.group.WORLD]  # it leaves no other
     return read_constants(found), shown
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -218,6 +221,23 @@ def test_buffers_that_differ_are_refused_on_every_rank():
     assert "rank 0: capacity_rows 3, width 2, torch.float32; rank 1: capacity_rows 4" in first
 
 
+def no_room(rank: int) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    os.posix_fallocate = full
+    with on_shim():
+        opened = len(os.listdir("/proc/self/fd"))
+        with pytest.raises(KernelError, match=r"rank 0 cannot share .* No space left on device"):
+            PeerStore(None, capacity_rows=1, width=1, dtype=torch.float32)
+        assert len(os.listdir("/proc/self/fd")) == opened
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_open():
+    shim()
+    run_ranks(1, no_room)
+
+
 def refusals(rank: int) -> None:
     with pytest.raises(KernelError, match="no kernels for cpu"):
         PeerStore(None, capacity_rows=1, width=1, dtype=torch.float32)
@@ -235,6 +255,7 @@ def refusals(rank: int) -> None:
             (torch.zeros(1, 2), one.int(), None, "send_count_P is torch.int32"),
             (torch.zeros(1, 2), torch.ones(2).long(), None, r"shape \(2,\); allowed: .*, \[1\]"),
             (torch.zeros(1, 2), one, torch.zeros(1), "source_n is torch.float32"),
+            (torch.zeros(1, 2), one, one > 0, r"source_n is torch.bool of shape \(1,\)"),
             (torch.zeros(1, 2), one, one.to("meta"), "source_n is on meta; allowed: cpu"),
         ):
             with pytest.raises(InputError, match=message):
