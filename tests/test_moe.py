@@ -380,7 +380,7 @@ def test_a_gate_that_returns_something_else_is_named():
 
 def test_an_expert_that_changes_the_shape_is_named():
     layer = layer_of(experts=lambda: nn.Linear(HIDDEN, HIDDEN + 1))
-    with pytest.raises(InputError, match=r"row_RD .* Experts must keep shape and dtype"):
+    with pytest.raises(InputError, match=r"row_RD .* Experts must keep shape, dtype and device"):
         layer(torch.randn(2, HIDDEN))
 
 
