@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 
-from tamoe.flat import arrangement
 from tamoe.ops import ROW_DTYPES, copy_rows_, gather_rows
 from tamoe.progress import progress_line
+from tamoe.row_order import RowOrder
 from tamoe.summation import add_up, plan_sum
 from tamoe.topology.inventory import software
 
@@ -185,7 +185,7 @@ def _steps(case: Case, device: torch.device) -> dict[str, tuple[int, Callable[[]
     # Rows arrive from 8 ranks, those of each for 8 experts.
     block_n = torch.randint(64, (num_rows,), generator=generator)
     blocks = torch.bincount(block_n, minlength=64).view(8, 8).tolist()
-    place_n = arrangement(list(enumerate(blocks)), device)
+    place_n = RowOrder([blocks]).by_source(device)
     by_token_n = token_n.argsort(stable=True)
     cached_mD = (x_TD[:64] if device.type == "cpu" else row_nD).clone()  # a GPU reads all at once
 

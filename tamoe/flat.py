@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,10 +18,10 @@ from torch.autograd.function import once_differentiable
 
 from tamoe.anchor import Dispatched, anchor_for, recompute
 from tamoe.first_order import first_order
-from tamoe.host_table import table_on
 from tamoe.ops import copy_rows_, gather_rows
 from tamoe.precision import dot, weigh
 from tamoe.record import Phase
+from tamoe.row_order import RowOrder, repeated, sliced
 from tamoe.schedules import Mover
 from tamoe.summation import SumPlan, add_up, plan_sum, reorder
 
@@ -134,7 +133,8 @@ def plan_flat(
         :func:`~tamoe.solver.parts.slices_for`.
     """
     send_splits, receive_splits = ([*map(sum, way)] for way in (sent_PE, received_PE))
-    place_R = _places(received_PE, token_n.device)
+    order = RowOrder([received_PE])
+    place_R = None if order.is_by_source() else order.by_source(token_n.device)
     rank_n = repeated(send_splits, token_n.device)
     sum_plan = plan_sum(token_n, rank_n, num_tokens, groups, num_sums)
     slices: tuple[Slice, ...] = (Slice(send_splits, receive_splits, slice(None), place_R),)
@@ -152,16 +152,6 @@ def plan_flat(
     )
 
 
-def _places(received_PE: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor | None:
-    """Place in expert order of each row that arrives; None if it is there already."""
-    arrangement_R = arrangement(list(enumerate(received_PE)), device)
-    if arrangement_R is None:
-        return None
-    place_R = torch.empty_like(arrangement_R)
-    place_R[arrangement_R] = torch.arange(len(place_R), device=device)
-    return place_R
-
-
 def _cut(
     send_splits: list[int],
     receive_splits: list[int],
@@ -177,54 +167,6 @@ def _cut(
         slices.append(Slice(sends, receives, slice(begin, begin + len(sent_m)), place_m))
         begin += len(sent_m)
     return tuple(slices), torch.cat([sent_m for _, sent_m in sent])
-
-
-def sliced(
-    splits: Sequence[int], num_slices: int, device: torch.device
-) -> list[tuple[list[int], torch.Tensor]]:
-    """For each slice its splits, and which rows are in it; both ends of a pair cut alike.
-
-    >>> [(part, row.tolist()) for part, row in sliced([3, 2], 2, torch.device("cpu"))]
-    [([1, 1], [0, 3]), ([2, 1], [1, 2, 4])]
-    """
-    begins_P = [[c * number // num_slices for c in splits] for number in range(num_slices + 1)]
-    parts = [[b - a for a, b in zip(*pair, strict=True)] for pair in pairwise(begins_P)]
-    count_P = table_on(device, splits)
-    rank_n = repeated(splits, device)
-    end_n = torch.arange(1, len(rank_n) + 1, device=device) - (count_P.cumsum(0) - count_P)[rank_n]
-    # The slice of a pair's row j of c is the last one that begins at or before it.
-    slice_n = (end_n * num_slices - 1) // count_P[rank_n]
-    order_n = torch.argsort(slice_n, stable=True)
-    return list(zip(parts, order_n.split([*map(sum, parts)]), strict=True))
-
-
-def repeated(counts: Sequence[int], device: torch.device) -> torch.Tensor:
-    """Numbers 0, 1, … each as often as counted.
-
-    >>> repeated([2, 0, 1], torch.device("cpu")).tolist()
-    [0, 0, 2]
-    """
-    numbers = torch.arange(len(counts), device=device)
-    return numbers.repeat_interleave(table_on(device, counts), output_size=sum(counts))
-
-
-def arrangement(
-    blocks: Sequence[tuple[int, Sequence[int]]], device: torch.device
-) -> torch.Tensor | None:
-    """Place of each row that experts want by expert, then source; None if it is there already.
-
-    ``blocks`` are (source rank, rows for each local expert), in the order of arrival.
-
-    >>> arrangement([(1, [1, 1]), (0, [1, 0])], torch.device("cpu")).tolist()
-    [2, 0, 1]
-    """
-    num_sources = 1 + max(source for source, _ in blocks)
-    keys = [e * num_sources + source for source, rows in blocks for e in range(len(rows))]
-    if keys == sorted(keys):
-        return None
-    counts = [count for _, rows in blocks for count in rows]
-    key_R = table_on(device, keys)[repeated(counts, device)]
-    return torch.argsort(key_R, stable=True)
 
 
 class _Dispatch(torch.autograd.Function):

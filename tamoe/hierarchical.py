@@ -23,9 +23,10 @@ from tamoe.ops import copy_rows_
 from tamoe.pipeline import run_in_turns
 from tamoe.precision import dot, weigh
 from tamoe.record import Phase
-from tamoe.relay_route import Hops, RowOrder, first_hop, plan_hops, source_order
+from tamoe.relay_route import Hops, first_hop, plan_hops, source_order
+from tamoe.row_order import CountsCPE, RowOrder
 from tamoe.schedules import Mover
-from tamoe.shares import CountsCPE, Share
+from tamoe.shares import Share
 from tamoe.solver.parts import part_shares
 from tamoe.solver.relays import Relays
 from tamoe.summation import add_stage

@@ -11,16 +11,14 @@ were not dropped, m copies.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate
 
 import torch
 
-from tamoe.flat import repeated
 from tamoe.host_table import table_on
-from tamoe.shares import CountsCPE, Share, Told, counts_for_ranks
+from tamoe.row_order import ranges, repeated
+from tamoe.shares import Share, Told, counts_for_ranks
 from tamoe.solver.relays import Relays
 from tamoe.summation import Stage, plan_stage
 
@@ -133,7 +131,7 @@ def plan_hops(share: Share, heard_P: Sequence[torch.Tensor], relays: Relays) -> 
     for source in relays.served:
         if relays.node_of[source] != relays.node:
             told = share.told_P[source]
-            slot_m = _ranges(start_of[source], told.arrive_M, none)
+            slot_m = ranges(start_of[source], told.arrive_M, none.device)
             _relayed(source, slot_m[heard_P[source].long()], told, onward, choices, relays)
     rows_pp = _rows_inside(share.told_P, relays)
     blocks = [torch.cat([none, *(choices[s, p] for s in relays.served)]) for p in near]
@@ -266,56 +264,5 @@ def source_order(relays: Relays) -> list[int]:
     ]
 
 
-@dataclass(frozen=True, eq=False)
-class RowOrder:
-    """Where rows of this rank's experts belong: by expert, then by source, then by part.
-
-    Examples
-    --------
-    >>> order = RowOrder([[[1, 2]], [[1, 0]]])  # two parts, one source, two experts
-    >>> cpu = torch.device("cpu")
-    >>> [order.places(part, [0], cpu).tolist() for part in (0, 1)], order.by_source(cpu).tolist()
-    ([[0, 2, 3], [1]], [0, 2, 3, 1])
-    """
-
-    received_CPE: CountsCPE
-
-    @cached_property
-    def _start_CPE(self) -> list[list[list[int]]]:
-        received_CPE, place = self.received_CPE, 0
-        start_CPE = [[list(counts_E) for counts_E in counts_PE] for counts_PE in received_CPE]
-        for expert in range(len(received_CPE[0][0])):
-            for source in range(len(received_CPE[0])):
-                for start_PE, counts_PE in zip(start_CPE, received_CPE, strict=True):
-                    start_PE[source][expert] = place
-                    place += counts_PE[source][expert]
-        return start_CPE
-
-    def places(self, part: int, sources: Sequence[int], device: torch.device) -> torch.Tensor:
-        """Of the rows of a part, which arrive by source, as listed, then by expert."""
-        return self._places([(part, source) for source in sources], device)
-
-    def by_source(self, device: torch.device) -> torch.Tensor:
-        """Of all rows, by source, then by part, then by expert."""
-        parts, sources = range(len(self.received_CPE)), range(len(self.received_CPE[0]))
-        return self._places([(part, source) for source in sources for part in parts], device)
-
-    def _places(self, blocks: Sequence[tuple[int, int]], device: torch.device) -> torch.Tensor:
-        counts = [count for c, source in blocks for count in self.received_CPE[c][source]]
-        starts = [start for c, source in blocks for start in self._start_CPE[c][source]]
-        begins = [0, *accumulate(counts)]
-        shift = table_on(device, [a - b for a, b in zip(starts, begins, strict=False)])
-        return torch.arange(sum(counts), device=device) + shift[repeated(counts, device)]
-
-
 def _splits(relays: Relays, rows: dict[int, int]) -> tuple[int, ...]:
     return tuple(rows.get(rank, 0) for rank in range(len(relays.node_of)))
-
-
-def _ranges(starts: Iterable[int], counts: Iterable[int], like: torch.Tensor) -> torch.Tensor:
-    pieces = [
-        torch.arange(start, start + count, device=like.device)
-        for start, count in zip(starts, counts, strict=True)
-        if count
-    ]
-    return torch.cat([like, *pieces])

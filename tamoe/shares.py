@@ -15,13 +15,11 @@ from functools import cached_property
 
 import torch
 
-from tamoe.flat import repeated
 from tamoe.host_table import table_on
 from tamoe.ops import build_index
 from tamoe.relays import Copies, count_copies, list_copies, plan_forwarding
+from tamoe.row_order import CountsCPE, repeated
 from tamoe.solver.relays import Relays
-
-CountsCPE = Sequence[Sequence[Sequence[int]]]
 
 
 @dataclass(frozen=True, eq=False)

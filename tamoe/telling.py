@@ -16,9 +16,10 @@ from functools import cached_property
 import torch
 
 from tamoe.precision import accumulation_dtype
-from tamoe.relay_route import RowOrder, num_positions, positions_to_tell
+from tamoe.relay_route import num_positions, positions_to_tell
+from tamoe.row_order import CountsCPE, RowOrder
 from tamoe.schedules import Mover
-from tamoe.shares import CountsCPE, Share, added
+from tamoe.shares import Share, added
 from tamoe.solver.relays import Relays
 from tamoe.transfer import Waiting
 
