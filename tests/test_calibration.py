@@ -86,7 +86,7 @@ def test_times_that_vary_count_for_less() -> None:
     wrong = dataclasses.replace(given[2], seconds=1.3 * given[2].seconds)
     predicted = []
     unsure = dataclasses.replace(wrong, spread=2.0)
-    for third in (given[2], wrong, unsure, dataclasses.replace(unsure, runs=2000)):
+    for third in (given[2], wrong, unsure, dataclasses.replace(unsure, runs=200_000)):
         found = fit(TWO_NODES, [*given[:2], third, *given[3:]], 2, [key], rounds_ahead=0)[key]
         assert found.rounds_ahead == 0
         predicted.append([predict(TWO_NODES, *key, one.groups, found).time_s for one in given])

@@ -181,7 +181,7 @@ def test_constants_add_up():
     assert apart_s == pytest.approx(1.0 + 0.01 + 1.0)  # sockets take longer than links
     fast = dataclasses.replace(apart, work_s_per_byte=1e-7)
     fast_s = predict(topology, "flat single", "dispatch", rows, fast).time_s
-    assert fast_s == pytest.approx(1.0 + 0.1 + (1 - exchange_cost.ALONG) * 0.1)
+    assert fast_s == pytest.approx(1.2 - 0.1 * exchange_cost.ALONG * (1 - exchange_cost.PLANNED))
     # The one core is never idle: the sender, whose rows are in the socket, arranges meanwhile.
     hidden = predict(topology, "flat single", "dispatch", rows, cheap)
     assert hidden.time_s == pytest.approx(1.0 + 2 * 0.01 + 2 * 1.0)
@@ -285,8 +285,8 @@ def test_buckets_refill_while_slices_are_packed(exchange, way):
     assert time_s[1, 0.0] == pytest.approx(8e6 / link.bandwidth_bytes_per_s - burst_s, rel=1e-3)
     for slices in (1, 2, 4):
         assert time_s[slices, 0.0] == pytest.approx(time_s[1, 0.0], rel=1e-3)
-        beside_none_s = (1 - exchange_cost.ALONG) * 0.64
-        expected_s = time_s[1, 0.0] + beside_none_s - (slices - 1) * burst_s
+        along = exchange_cost.ALONG * (1 - exchange_cost.PLANNED * (way == "dispatch"))
+        expected_s = time_s[1, 0.0] + (1 - along) * 0.64 - (slices - 1) * burst_s
         assert time_s[slices, 8e-8] == pytest.approx(expected_s, rel=1e-3)
 
 
