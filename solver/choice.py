@@ -1,14 +1,11 @@
 """Which exchange is faster for a dispatch: both predicted, with the link that each waits for.
 
-Touches (how many nodes a token's experts lie on) depend on the routing and not on its marginals
-alone, so they are sampled: each token draws its experts one after another by the rank's row.
-
-Shape suffixes: P ranks, N experts of a group, M nodes, S sampled tokens, K choices.
+Shape suffixes: P ranks, N experts of a group, M nodes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 from weakref import WeakKeyDictionary
@@ -31,7 +28,7 @@ from tamoe.solver.exchange_rows import (
     Exchange,
     rows_of_group,
 )
-from tamoe.solver.relays import Relays, make_relays, sum_groups
+from tamoe.solver.sampling import sample_routing
 from tamoe.solver.workload import Workload
 from tamoe.topology.errors import InputError
 from tamoe.topology.graph import Topology
@@ -39,7 +36,6 @@ from tamoe.topology.graph import Topology
 if TYPE_CHECKING:
     from tamoe.solver.plan import Plan
 
-SAMPLES = 256  # tokens of each rank; the spread of a node's touches is then below 3 %
 MOST_RANKS = 256  # beyond, sampling every rank takes seconds
 # Without constants the model does not see what messages cost; a gain has to be worth them.
 LEAST_GAIN = 0.1
@@ -223,75 +219,3 @@ def preferred(seconds: Mapping[str, float]) -> Exchange:
     """
     most_s = (1 + TIE) * min(seconds.values())
     return next(name for name in EXCHANGES if name in seconds and seconds[name] <= most_s)
-
-
-def sample_routing(
-    topology: Topology,
-    workload: Workload,
-    target_PN: np.ndarray,
-    rank_of_N: Sequence[int],
-    seed: int = 0,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Counts, copies from node to node and sums of a sampled routing, to scale.
-
-    They are ``[P, N]``, ``[P, M, M]`` and ``[P, L + 1]``: sums of a rank's rows at each level, then
-    its tokens.
-
-    Examples
-    --------
-    >>> topology = Topology.from_tree("2x1", bandwidth_bytes_per_s=(4e9, 1e9))
-    >>> workload = Workload(tokens_per_rank=100, top_k=1, hidden_size=8)
-    >>> sampled = sample_routing(topology, workload, np.eye(2) * 100, [0, 1])
-    >>> counts_PN, forward_PMM, sums_PL = sampled
-    >>> counts_PN.tolist(), float(forward_PMM.sum()), sums_PL.tolist()
-    ([[100.0, 0.0], [0.0, 100.0]], 0.0, [[100.0, 100.0], [100.0, 100.0]])
-    """
-    generator = np.random.default_rng(seed)
-    groups, num_nodes = sum_groups(topology), len(topology.nodes)
-    samples = min(SAMPLES, workload.tokens_per_rank)
-    scale = workload.tokens_per_rank / samples
-    node_of_N = np.array([topology.node_of[rank] for rank in rank_of_N])
-    counts_PN = np.zeros(target_PN.shape)
-    forward_PMM = np.zeros((topology.num_ranks, num_nodes, num_nodes))
-    sums_PL = np.zeros((topology.num_ranks, len(groups) + 1))
-    sums_PL[:, -1] = workload.tokens_per_rank
-    for rank in range(topology.num_ranks):
-        weight_N = np.maximum(target_PN[rank], 1e-12 * target_PN[rank].max())
-        draw_SN = generator.exponential(size=(samples, len(weight_N))) / weight_N
-        index_SK = np.argpartition(draw_SN, workload.top_k - 1, axis=1)[:, : workload.top_k]
-        counts_PN[rank] = scale * np.bincount(index_SK.ravel(), minlength=len(weight_N))
-        touch_SM = np.zeros((samples, num_nodes), dtype=bool)
-        touch_SM[np.arange(samples)[:, None], node_of_N[index_SK]] = True
-        relays = make_relays(rank, topology.nodes, groups)
-        forward_PMM[rank] = scale * forwarding(touch_SM, relays)
-        for level, group_M in enumerate(relays.group_LM):
-            touched = [touch_SM[:, np.equal(group_M, g)].any(1) for g in set(group_M)]
-            sums_PL[rank, level] = scale * np.sum(touched)
-    return counts_PN, forward_PMM, sums_PL
-
-
-def forwarding(touch_SM: np.ndarray, relays: Relays) -> np.ndarray:
-    """Tokens of a rank that are copied from node to node, ``[M, M]``.
-
-    ``touch_SM`` says on which nodes each token's experts lie.
-    """
-    num_tokens, num_nodes = touch_SM.shape
-    forward_MM = np.zeros((num_nodes, num_nodes))
-
-    def spread(members: list[int], home_S: np.ndarray, level: int) -> None:
-        if level == 0:
-            return
-        group_M = relays.group_LM[level - 1]
-        for group in dict.fromkeys(group_M[node] for node in members):
-            inside = np.array([node for node in members if group_M[node] == group])
-            turned = (np.arange(num_tokens)[:, None] + np.arange(len(inside))) % len(inside)
-            first = np.take_along_axis(touch_SM[:, inside], turned, 1).argmax(1)
-            entry_S = inside[turned[np.arange(num_tokens), first]]
-            at_home_S = np.isin(home_S, inside)
-            leaves_S = touch_SM[:, inside].any(1) & ~at_home_S
-            np.add.at(forward_MM, (home_S[leaves_S], entry_S[leaves_S]), 1)
-            spread(inside.tolist(), np.where(at_home_S, home_S, entry_S), level - 1)
-
-    home_S = np.full(num_tokens, relays.node)
-    spread(list(range(num_nodes)), home_S, relays.num_levels)
-    return forward_MM

@@ -10,10 +10,11 @@ import pytest
 from tamoe.calibration import measure
 from tamoe.cases import make_case
 from tamoe.solver import Workload
-from tamoe.solver.choice import choose_exchange, sample_routing
+from tamoe.solver.choice import choose_exchange
 from tamoe.solver.constants import Constants, with_constants
 from tamoe.solver.exchange_cost import predict
 from tamoe.solver.exchange_rows import ALL_WAYS, EXCHANGES, Exchange, rows_of_group
+from tamoe.solver.sampling import sample_routing
 from tamoe.topology import ClusterSpec, InputError, Topology, run_ranks
 
 TREE = Topology.from_tree("[[2,1],[2]]", bandwidth_bytes_per_s=(1e9, 1e7, 5e6))

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from tamoe.solver import Workload
-from tamoe.solver.choice import sample_routing
 from tamoe.solver.relays import sum_groups
+from tamoe.solver.sampling import sample_routing
 from tamoe.solver.traffic import sum_rows
 from tamoe.summation import count_sums, plan_sum
 from tamoe.topology import Topology
