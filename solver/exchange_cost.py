@@ -34,10 +34,10 @@ PACKED, ALONG = 0.25, 0.5
 # of 37 ms of a core, 6 (flat, 32,768 choices of a rank that stay inside its node; emulated, 4x2).
 # Without it, dispatches of many rows inside nodes were predicted up to 8 % too short.
 PLANNED = 0.15
-# Ranks of a node come out of their planning one after another, and what comes to a link first
-# leaves it first: in a dispatch each takes this much of what the one before it takes. With 1, those
-# over two hops were predicted up to 19 % too long. In other ways, where ranks begin together, .5
-# predicted up to 10 % too short (emulated).
+# Ranks that share cores come out of their planning one after another, and what comes to a link
+# first leaves it first: in a dispatch each takes this much of what the one of its node before it
+# takes. With 1, those over two hops were predicted up to 19 % too long. In other ways, where ranks
+# begin together, .5 predicted up to 10 % too short (emulated).
 BEHIND = 0.5
 # Of a dispatch's start, what ranks that share few cores come out of one after another: rows of the
 # first are under way while the others plan. Without it, one-hot dispatches of 16 ranks on two cores
@@ -69,6 +69,8 @@ def predict(
     constants: Constants | None = None,
 ) -> Prediction:
     """Time of one way of an exchange, of several groups at the same time.
+
+    Latencies of links are in no term of their own: what they cost is in measured constants alone.
 
     Parameters
     ----------
@@ -122,7 +124,7 @@ def predict(
             steps_P,
             crossing_share=constants.crossing_share,
             at_once=constants.at_once,
-            behind=BEHIND if plans else 1.0,
+            behind=BEHIND if plans and constants.at_once is not None else 1.0,
         )
     else:
         line = run_steps_together(topology, steps_P, at_once=constants.at_once)
@@ -167,10 +169,10 @@ def _bottleneck(topology: Topology, time_s: float, busy_s: Mapping[tuple[str, st
 def in_ms(seconds: float) -> str:
     """Milliseconds with three digits, or all before the point.
 
-    >>> in_ms(0.0123456), in_ms(12.3456)
-    ('12.3', '12346')
+    >>> in_ms(0.0123456), in_ms(0.9996), in_ms(12.3456)
+    ('12.3', '1000', '12346')
     """
-    return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}"
+    return f"{seconds * 1e3:.3g}" if seconds < 0.9995 else f"{seconds * 1e3:.0f}"
 
 
 class _Work:

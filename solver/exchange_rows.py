@@ -45,7 +45,7 @@ class Rows:
         their gradients; a dispatch that does also tells where copies go. None: nothing is told.
     parts
         Shares of the tokens that travel together, in the order of a dispatch; of a flat exchange,
-        of the rows.
+        of the rows, all equal.
     """
 
     ranks: tuple[int, ...]

@@ -69,10 +69,9 @@ def test_one_step_takes_what_its_most_loaded_link_needs(shape, seed):
     bytes_pp = random_bytes(topology, seed)
     rows = Rows(everything(topology), [bytes_pp])
     for way, sent_pp in (("dispatch", bytes_pp), ("combine", bytes_pp.T)):
-        bound = bound_s(topology, sent_pp)
-        time_s = predict(topology, "flat single", way, [rows], Constants()).time_s
+        bound, shares_cores = bound_s(topology, sent_pp), Constants(at_once=1)
+        time_s = predict(topology, "flat single", way, [rows], shares_cores).time_s
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(exchange_cost, "BEHIND", 1.0)
             patch.setattr(flows, "HEAD_BYTES", 0.0)
             shared_s = predict(topology, "flat single", way, [rows], Constants()).time_s
         # Shares in proportion to bytes let all flows of the most loaded link end together.
@@ -86,7 +85,7 @@ def test_one_step_takes_what_its_most_loaded_link_needs(shape, seed):
 @example([[2, 1], [2]], 1289, 0)
 @given(st.sampled_from(TREES), st.integers(0, 10_000), st.sampled_from([0, 1, 3]))
 def test_rounds_lie_between_the_bound_and_rounds_that_wait_for_all(shape, seed, rounds_ahead):
-    topology, given = tree(shape), Constants(rounds_ahead=rounds_ahead)
+    topology, given = tree(shape), Constants(rounds_ahead=rounds_ahead, at_once=1)
     rows = Rows(everything(topology), [random_bytes(topology, seed)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flows, "SOCKET_BYTES", 0.0)  # senders wait for their rows, too
@@ -104,19 +103,21 @@ def test_rounds_lie_between_the_bound_and_rounds_that_wait_for_all(shape, seed, 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("shape", TREES[:4], ids=str)
 @pytest.mark.parametrize(
-    ("socket_bytes", "ahead", "slack"),
+    ("socket_bytes", "ahead", "at_once", "slack"),
     [
-        (0.0, False, 1.001),
-        (SOCKET_BYTES, False, 1.02),
-        (0.0, True, 1.02),
-        (SOCKET_BYTES, True, 1.02),
+        (0.0, False, 1, 1.001),
+        (SOCKET_BYTES, False, 1, 1.02),
+        (0.0, True, 1, 1.02),
+        (SOCKET_BYTES, True, 1, 1.02),
+        (0.0, False, None, 1.001),
+        (SOCKET_BYTES, True, None, 1.03),
     ],
 )
 def test_hierarchical_moves_its_hops_whole_and_pipelines_them(
-    shape, way, socket_bytes, ahead, slack, monkeypatch
+    shape, way, socket_bytes, ahead, at_once, slack, monkeypatch
 ):
     monkeypatch.setattr(flows, "SOCKET_BYTES", socket_bytes)
-    given = Constants(rounds_ahead=3 if ahead else 0)
+    given = Constants(rounds_ahead=3 if ahead else 0, at_once=at_once)
     topology = tree(shape)
     rows = random_rows(topology, 1)["hierarchical", way]
     hops_pp = rows.hops_pp if way == "dispatch" else [hop_pp.T for hop_pp in rows.hops_pp]
@@ -163,100 +164,12 @@ def test_smaller_groups_start_in_less_time():
             assert found.time_s == pytest.approx(expected)
 
 
-def test_constants_add_up():
-    topology = tree("2x1")
-    rows = [Rows((0, 1), [np.array([[0.0, 1e6], [0.0, 0.0]])])]
-    constants = Constants(start_s=1.0, message_s=0.25, work_s_per_byte=1e-6, at_once=1)
-    # Packing, sockets and placing, of 2 ranks on one core; the message has two ends, and its rows
-    # are under way meanwhile.
-    predicted = predict(topology, "flat single", "dispatch", rows, constants)
-    assert predicted.time_s == pytest.approx(1.0 + 0.5 + 2 * 1.0)
-    own = predict(
-        topology, "flat single", "dispatch", rows, dataclasses.replace(constants, at_once=None)
-    )
-    assert own.time_s == pytest.approx(1.0 + 0.25 + 1.0)
-    cheap = dataclasses.replace(constants, message_s=0.01)
-    apart = dataclasses.replace(cheap, at_once=None)
-    apart_s = predict(topology, "flat single", "dispatch", rows, apart).time_s
-    assert apart_s == pytest.approx(1.0 + 0.01 + 1.0)  # sockets take longer than links
-    fast = dataclasses.replace(apart, work_s_per_byte=1e-7)
-    fast_s = predict(topology, "flat single", "dispatch", rows, fast).time_s
-    assert fast_s == pytest.approx(1.2 - 0.1 * exchange_cost.ALONG * (1 - exchange_cost.PLANNED))
-    # The one core is never idle: the sender, whose rows are in the socket, arranges meanwhile.
-    hidden = predict(topology, "flat single", "dispatch", rows, cheap)
-    assert hidden.time_s == pytest.approx(1.0 + 2 * 0.01 + 2 * 1.0)
-    tokens = dataclasses.replace(cheap, work_s_per_own_byte=1e-6)
-    with_tokens = dataclasses.replace(rows[0], own_bytes_p=[4e5, 0.0])
-    counted = predict(topology, "flat single", "dispatch", [with_tokens], tokens)
-    assert counted.time_s == pytest.approx(hidden.time_s + 0.4)
-
-
-def test_positions_and_weights_are_messages_of_a_dispatch():
-    topology = tree("3x1")
-    near_pp = np.zeros((3, 3))
-    hop_pp = np.array([[0.0, 1.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
-    constants = Constants(message_s=1.0, at_once=1)
-    # Two ends of each: of one row and its position; of weights for every rank that has rows.
-    for targets in ([], [1], [1, 2]):
-        weights_pp = np.zeros((3, 3), dtype=bool)
-        weights_pp[0, [0, *targets]] = True  # those that a rank keeps are no message
-        rows = Rows((0, 1, 2), [hop_pp, near_pp], [1.0, 0.0, 0.0], weights_pp)
-        told = predict(topology, "hierarchical", "dispatch", [rows], constants)
-        assert told.time_s == pytest.approx(2 + 2 + 2 * len(targets), rel=1e-6)
-        back = predict(topology, "hierarchical", "dispatch_backward", [rows], constants)
-        assert back.time_s == pytest.approx(2 + 2 * len(targets), rel=1e-6)
-    rows = dataclasses.replace(rows, weights_pp=None)
-    back = predict(topology, "hierarchical", "combine", [rows], constants)
-    assert back.time_s == pytest.approx(2, rel=1e-6)
-
-
 def test_only_ranks_that_get_rows_hear_of_weights():
     moved = random_rows(tree([3, 1]), 0, tokens=2, top_k=1)
     for way in ("dispatch", "dispatch_backward"):
         weights_pp = moved["hierarchical", way].weights_pp
         assert 0 < weights_pp.sum() < weights_pp.size
         assert ((moved["flat single", "dispatch"].hops_pp[0] > 0) == weights_pp).all()
-
-
-def test_part_of_the_work_on_tokens_is_done_while_rows_are_under_way():
-    topology = tree("2x1")
-    hop_pp = np.array([[0.0, 1e6], [1e6, 0.0]])
-    rows = Rows((0, 1), [hop_pp, np.zeros((2, 2))], [1e6, 1e6], hop_pp > 0)
-    bare, planned = Constants(), Constants(work_s_per_own_byte=1e-6)
-    times = {
-        way: [predict(topology, "hierarchical", way, [rows], c).time_s for c in (bare, planned)]
-        for way, rows in (
-            ("dispatch", rows),
-            ("combine", dataclasses.replace(rows, weights_pp=None)),
-        )
-    }
-    for links_s, time_s in times.values():
-        assert time_s == pytest.approx(links_s + 1.0)
-    # Of two parts, one is planned or added up while the other is on the link; a dispatch plans half
-    # of both before its first rows.
-    for way, (links_s, _) in times.items():
-        told_pp = hop_pp > 0 if way == "dispatch" else None
-        parts = dataclasses.replace(rows, weights_pp=told_pp, parts=(0.5, 0.5))
-        for much in (1.0, 1e-2):  # work takes longer than links, or less
-            given = Constants(work_s_per_own_byte=much * 1e-6)
-            found = predict(topology, "hierarchical", way, [parts], given)
-            alone = exchange_cost.PLANNED_FIRST if way == "dispatch" else 0.0
-            each_s = (1 - alone) * much / 2  # of a part, beside the other's rows
-            expected = alone * much + links_s / 2 + max(each_s, links_s / 2) + each_s
-            assert found.time_s == pytest.approx(expected, rel=1e-3)
-
-
-def test_rows_that_a_rank_keeps_cost_as_much_as_those_it_sends_and_gets():
-    topology = tree("2x2")
-    for exchange, way in itertools.product(EXCHANGES, WAYS):
-        times = []
-        for kept in (0.0, 1.0):
-            hop_pp = np.diag([kept * 1e6] * 4) + (1 - kept) * 1e6 * np.eye(4)[[1, 0, 3, 2]]
-            hops_pp = [hop_pp] if exchange.startswith("flat") else [np.zeros((4, 4)), hop_pp]
-            rows = Rows((0, 1, 2, 3), hops_pp)
-            given = Constants(work_s_per_byte=1e-5)
-            times.append(predict(topology, exchange, way, [rows], given).time_s)
-        assert times == pytest.approx([20.0, 20.0], rel=1e-3)
 
 
 def test_a_link_is_busy_for_as_long_as_its_bytes_need():
@@ -267,27 +180,6 @@ def test_a_link_is_busy_for_as_long_as_its_bytes_need():
         num_bytes = 4e6 if link.level else 3e6
         seconds = (num_bytes - link.burst_bytes) / link.bandwidth_bytes_per_s
         assert busy_s[link.source, link.target] == pytest.approx(seconds, rel=0.02)
-
-
-@pytest.mark.parametrize(("exchange", "way"), list(itertools.product(EXCHANGES[:2], WAYS)))
-def test_buckets_refill_while_slices_are_packed(exchange, way):
-    topology = ClusterSpec.parse("2x1:80mbit").topology()
-    link = topology.links[topology.route(0, 1)[1]]
-    whole = Rows((0, 1), [np.array([[0.0, 8e6], [0.0, 0.0]])])
-    time_s = {}
-    for slices in (1, 2, 4):
-        rows = dataclasses.replace(whole, parts=(1 / slices,) * slices)
-        # Packing a slice takes 20 ms or more, in which a bucket gets a burst's bytes again.
-        for work_s_per_byte in (0.0, 8e-8):
-            given = Constants(work_s_per_byte=work_s_per_byte)
-            time_s[slices, work_s_per_byte] = predict(topology, exchange, way, [rows], given).time_s
-    burst_s = link.burst_bytes / link.bandwidth_bytes_per_s
-    assert time_s[1, 0.0] == pytest.approx(8e6 / link.bandwidth_bytes_per_s - burst_s, rel=1e-3)
-    for slices in (1, 2, 4):
-        assert time_s[slices, 0.0] == pytest.approx(time_s[1, 0.0], rel=1e-3)
-        along = exchange_cost.ALONG * (1 - exchange_cost.PLANNED * (way == "dispatch"))
-        expected_s = time_s[1, 0.0] + (1 - along) * 0.64 - (slices - 1) * burst_s
-        assert time_s[slices, 8e-8] == pytest.approx(expected_s, rel=1e-3)
 
 
 def test_large_flat_rows_are_cut_into_slices():

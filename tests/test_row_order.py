@@ -30,25 +30,29 @@ def test_ranges_go_one_behind_the_other(counts, data):
     assert repeated(counts, CPU).tolist() == [n for n, c in enumerate(counts) for _ in range(c)]
 
 
-@given(TABLES)
-def test_rows_belong_where_a_sort_puts_them(received_CPE):
+@given(TABLES, st.randoms(use_true_random=False))
+def test_rows_belong_where_a_sort_puts_them(received_CPE, random):
     order = RowOrder(received_CPE)
-    rows = [  # as they arrive, by source, then by part, then by expert
-        (expert, source, part)
-        for source in range(len(received_CPE[0]))
-        for part in range(len(received_CPE))
-        for expert, count in enumerate(received_CPE[part][source])
-        for _ in range(count)
-    ]
-    sorted_rows = sorted(range(len(rows)), key=lambda row: rows[row])  # stable
-    place = [sorted_rows.index(row) for row in range(len(rows))]
-    assert order.by_source(CPU).tolist() == place
-    assert order.is_by_source() == (place == list(range(len(rows))))
-    sources = range(len(received_CPE[0]))
-    placed = torch.cat([order.places(part, sources, CPU) for part in range(len(received_CPE))])
-    assert placed.sort().values.tolist() == list(range(len(rows)))  # every place once
-    if len(received_CPE) == 1:
-        assert placed.tolist() == place
+    num_parts, num_sources = len(received_CPE), len(received_CPE[0])
+
+    def rows_of(blocks):
+        """Expert, source and part of the rows of blocks of a part and a source, as they arrive."""
+        return [
+            (expert, source, part, number)
+            for part, source in blocks
+            for expert, count in enumerate(received_CPE[part][source])
+            for number in range(count)
+        ]
+
+    blocks = [(part, source) for source in range(num_sources) for part in range(num_parts)]
+    place_of = {row: place for place, row in enumerate(sorted(rows_of(blocks)))}
+    places = [place_of[row] for row in rows_of(blocks)]
+    assert order.by_source(CPU).tolist() == places
+    assert order.is_by_source() == (places == sorted(places))
+    for part in range(num_parts):  # of which the sources arrive in any order
+        sources = random.sample(range(num_sources), num_sources)
+        arriving = rows_of([(part, source) for source in sources])
+        assert order.places(part, sources, CPU).tolist() == [place_of[row] for row in arriving]
 
 
 @given(COUNTS, st.integers(1, 4))
