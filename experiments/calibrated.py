@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
+from statistics import median
 from typing import Any
 
 from tamoe.calibration import measure
@@ -21,6 +22,7 @@ from tamoe.topology.ranks import run_ranks_with_report
 
 LEAST_S = 5e-3  # below, emulated times are not scored
 NEAR = 0.05  # of the fastest, for a good choice
+WITHIN = (0.05, 0.08, 0.15)  # errors of predictions that are counted
 # Standard error of a median above which an exchange is timed more often: of nine times with half of
 # them within 8 % of each other it is 2.5 %.
 STEADY = 0.015
@@ -80,8 +82,25 @@ def _rank(
     return measured if rank == 0 else None
 
 
-def judge_choices(settings: Iterable[Mapping[str, Sequence[float]]]) -> dict[str, Any]:
+def judge_errors(both: Iterable[tuple[float, float]]) -> dict[str, Any]:
+    """How far predicted seconds are from measured ones, of pairs of them.
+
+    >>> judge_errors([(1.0, 1.0), (1.06, 1.0), (0.9, 1.0)])["within"]
+    {'0.05': 1, '0.08': 2, '0.15': 3}
+    """
+    errors = [abs(predicted_s / measured_s - 1) for predicted_s, measured_s in both]
+    return {
+        "times": len(errors),
+        "median_error": median(errors) if errors else None,
+        "worst_error": max(errors, default=None),
+        "within": {str(share): sum(e <= share for e in errors) for share in WITHIN},
+    }
+
+
+def judge_choices(settings: Iterable[Mapping[str, tuple[float, float]]]) -> dict[str, Any]:
     """How often the exchange that the model prefers is near the fastest, and the worst miss.
+
+    ``always`` is the same for the one exchange that would do best if it were taken everywhere.
 
     Parameters
     ----------
@@ -90,29 +109,51 @@ def judge_choices(settings: Iterable[Mapping[str, Sequence[float]]]) -> dict[str
 
     Examples
     --------
-    >>> judge_choices([{"flat rounds": (1.0, 3.0), "hierarchical": (2.0, 2.0)}])
-    {'settings': 1, 'near_best': 0.0, 'worst_choice': 0.5}
+    >>> found = judge_choices([{"flat rounds": (1.0, 3.0), "hierarchical": (2.0, 2.0)}])
+    >>> found["near_best"], found["worst_choice"], found["always"]["exchange"]
+    (0.0, 0.5, 'hierarchical')
     """
-    lost = []
-    for both in settings:
-        taken = both[preferred({name: times[0] for name, times in both.items()})][1]
-        lost.append(taken / min(times[1] for times in both.values()) - 1)
+    given = list(settings)
+    lost = [
+        _losses(both)[preferred({name: times[0] for name, times in both.items()})] for both in given
+    ]
+    names = [name for name in EXCHANGES if all(name in both for both in given)]
+    everywhere = {name: [_losses(both)[name] for both in given] for name in names}
+    best = max(names, key=lambda name: (_near(everywhere[name]), -max(everywhere[name], default=0)))
     return {
         "settings": len(lost),
-        "near_best": sum(loss <= NEAR for loss in lost) / len(lost) if lost else None,
+        "near_best": _near(lost),
         "worst_choice": max(lost, default=None),
+        "always": {
+            "exchange": best,
+            "near_best": _near(everywhere[best]),
+            "worst_choice": max(everywhere[best], default=None),
+        },
     }
+
+
+def _losses(both: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """What each exchange takes longer than the fastest, as a share."""
+    least_s = min(times[1] for times in both.values())
+    return {name: times[1] / least_s - 1 for name, times in both.items()}
+
+
+def _near(lost: Sequence[float]) -> float | None:
+    return sum(loss <= NEAR for loss in lost) / len(lost) if lost else None
 
 
 def choices_in_words(found: Mapping[str, Any]) -> str:
     """What :func:`judge_choices` found, for a table.
 
-    >>> choices_in_words({"settings": 4, "near_best": 0.75, "worst_choice": 0.1})
-    '4 settings, near best 75%, worst +10%'
+    >>> always = {"exchange": "hierarchical", "near_best": 0.5, "worst_choice": 0.2}
+    >>> choices_in_words({"settings": 4, "near_best": 0.75, "worst_choice": 0.1, "always": always})
+    '4 settings, near best 75%, worst +10% (always hierarchical: 50%, +20%)'
     """
     if not found["settings"]:
         return "0 settings"
+    always = found["always"]
     return (
         f"{found['settings']} settings, near best {found['near_best']:.0%}, "
-        f"worst {found['worst_choice']:+.0%}"
+        f"worst {found['worst_choice']:+.0%} (always {always['exchange']}: "
+        f"{always['near_best']:.0%}, {always['worst_choice']:+.0%})"
     )

@@ -26,7 +26,8 @@ class Constants:
     ----------
     start_s
         Seconds, >= 0, whatever the rows, for a group of all ranks; smaller ones take half of it
-        and, of the other half, a share in proportion to their ranks.
+        and, of the other half, a share in proportion to their ranks. Where no rank has a row it is
+        a fifth to three quarters less: nobody wakes up for one.
     message_s
         Seconds of a core, >= 0, for each message that a rank sends or gets.
     work_s_per_byte
