@@ -5,7 +5,7 @@ goes on beside them; ranks that work at the same time share the cores. The next 
 work is done, what it has to wait for has arrived, and of each flow that it sends the rest fits in a
 socket. A flow runs once its sender has come to its step, and its receiver to it or to one before it
 that takes those rows already. Flows of earlier steps take more of a link than those of later ones
-(only steps count that have a flow under way somewhere), those of the first rank of a node maybe
+(only steps count that have a flow under way on it), those of the first rank of a node maybe
 more than those of the next, and flows that two of the busiest links mix with others lose some of
 their rate. A link with a token bucket lets a burst through before it holds back; the bucket fills
 again while the link is less than full.
@@ -151,7 +151,7 @@ def run_steps(
         active_F = (left_F > 0) & (step_P[source_F] >= step_F) & (step_P[target_F] >= opens_F)
         capacity_L = np.where(credit_L > 0, FREE_BYTES_PER_S, bandwidth_L)
         rate_F, active_FL = np.zeros(len(left_F)), incidence_FL[active_F]
-        later_F = np.unique(step_F[active_F], return_inverse=True)[1]  # steps with flows before
+        later_F = _steps_before(active_FL, step_F[active_F])
         rate_F[active_F] = fair_rates(
             active_FL, capacity_L, weight_F[active_F] * LATER**later_F, together=TOGETHER
         )
@@ -268,6 +268,16 @@ def fair_rates(
         open_F[fixed_F] = 0.0
         left_L = np.maximum(left_L - np.where(fixed_F, rate_F, 0.0) @ incidence_FL, 0.0)
     return rate_F
+
+
+def _steps_before(incidence_FL: np.ndarray, step_F: np.ndarray) -> np.ndarray:
+    """Of each flow, how many earlier steps have flows on one of its links: on that with most."""
+    steps, number_F = np.unique(step_F, return_inverse=True)
+    on_SL = np.zeros((len(steps), incidence_FL.shape[1]), dtype=int)
+    np.maximum.at(on_SL, number_F, incidence_FL > 0)
+    before_SL = on_SL.cumsum(0) - on_SL
+    before_F: np.ndarray = (before_SL[number_F] * (incidence_FL > 0)).max(1, initial=0)
+    return before_F
 
 
 def _crossing(incidence_FL: np.ndarray) -> np.ndarray:

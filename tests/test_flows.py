@@ -76,6 +76,18 @@ def test_flows_of_later_steps_and_of_later_ranks_take_less_of_a_link():
             assert found.time_s == pytest.approx(0.1 * (1 + less) + 1.0)
 
 
+def test_steps_count_on_their_own_links_alone():
+    topology = tree("4x2")
+    first, second, elsewhere = (0, 2, 1e6), (1, 3, 1e6), (4, 6, 1e6)
+    steps = [[] for _ in range(8)]
+    steps[0], steps[2] = [Step((first,))], [Step((first,)), Step(work_s=1.0)]
+    steps[1] = steps[3] = [Step(), Step(), Step((second,))]
+    for between in ([], [Step(), Step((elsewhere,))]):  # a step that none of their links sees
+        steps[4] = steps[6] = between
+        found = run_steps(topology, steps)
+        assert found.time_s == pytest.approx(0.1 * (1 + flows.LATER) + 1.0)
+
+
 def test_steps_without_flows_hold_up_nothing():
     topology = ClusterSpec.parse("3x1:80mbit;node2=8mbit").topology()
     first, second = Step(((0, 1, 9e5),)), Step(((0, 2, 9e5),))
