@@ -265,7 +265,8 @@ def print_table(one: Mapping[str, Any]) -> None:
     found = one["choices"]
     print(
         f"  choices against measured times (emulated): {choices_in_words(found)}; "
-        f"{found['left_out']} left out, below {LEAST_S * 1e3:g} ms"
+        f"{found['left_out']} left out, below {LEAST_S * 1e3:g} ms",
+        flush=True,
     )
     if found["settings"]:
         said = found["predictions"]

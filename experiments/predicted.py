@@ -147,10 +147,7 @@ def score(
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Errors of the scored rows, and how good the model's choices are."""
     small = [row for row in rows if not row["scored"] and row["measured_s"] >= LEAST_S]
-    errors, small_errors = (
-        judge_errors((row["predicted_s"], row["measured_s"]) for row in some)
-        for some in ([row for row in rows if row["scored"]], small)
-    )
+    errors = _errors([row for row in rows if row["scored"]])
     by_case: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
     full = {(row["cluster"], row["case"]) for row in rows if row["scored"]}
     for row in rows:
@@ -162,9 +159,13 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "scored": errors.pop("times"),
         **errors,
-        "too_small_to_score": small_errors,
+        "too_small_to_score": _errors(small),
         **judge_choices(by_case.values()),
     }
+
+
+def _errors(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return judge_errors((row["predicted_s"], row["measured_s"]) for row in rows)
 
 
 # ---- the command ------------------------------------------------------------------------------

@@ -28,11 +28,12 @@ MOST_RANK_SLICES = 64  # ranks times slices that are told apart, for the same re
 # Of a flat exchange's other work on rows, what is packing and what goes on while they are under way
 # (copies to and from sockets, and of rows that a rank keeps); the rest comes at the end. With
 # halves before and after, combines were predicted up to 10 % too short, with a quarter under way
-# dispatches up to 9 % too long; with these none is over 8 % off (emulated, two and four nodes).
+# dispatches up to 9 % too long (emulated, two and four nodes).
 PACKED, ALONG = 0.25, 0.5
 # Of a dispatch's work on rows, what is sorting choices and finding places, before any row sets out:
 # of 37 ms of a core, 6 (flat, 32,768 choices of a rank that stay inside its node; emulated, 4x2).
-# Without it, dispatches of many rows inside nodes were predicted up to 8 % too short.
+# Without it, when sorting took .25, dispatches of many rows inside nodes were predicted up to 8 %
+# too short.
 PLANNED = 0.15
 # Ranks that share cores come out of their planning one after another, and what comes to a link
 # first leaves it first: in a dispatch each takes this much of what the one of its node before it

@@ -60,7 +60,9 @@ def test_slices_hold_every_row_once_and_as_many_of_each_pair(splits, num_slices)
     slices = sliced(splits, num_slices, CPU)
     firsts = [0, *torch.tensor([0, *splits]).cumsum(0).tolist()[1:]]
     assert sorted(row for _, row_n in slices for row in row_n.tolist()) == [*range(sum(splits))]
+    alone = [sliced([count], num_slices, CPU) for count in splits]  # the other end of each pair
     for number, (part, row_n) in enumerate(slices):
+        assert part == [of_pair[number][0][0] for of_pair in alone]
         for count, split, (first, end) in zip(part, splits, pairwise(firsts), strict=True):
             assert abs(count - split / num_slices) < 1, number
             assert sum(first <= row < end for row in row_n.tolist()) == count
