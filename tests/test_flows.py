@@ -61,7 +61,26 @@ def test_a_burst_is_held_up_by_nothing():
     rate = topology.uplink_bytes_per_s(0)[0]
     found = run_steps(topology, [[Step(ends)]] * 3, crossing_share=0.5).time_s
     slower = 1 + flows.CROSSING_BYTES / size
-    assert found == pytest.approx((2 * size - burst) / rate * slower, rel=1e-3)
+    alone = 2 * burst  # what is left of the second flow when the first, which began alone, ends
+    expected_s = ((2 * size - burst - alone) * slower + alone) / rate
+    assert found == pytest.approx(expected_s, rel=1e-3)
+
+
+@pytest.mark.parametrize("in_steps", [False, True])
+def test_the_node_written_to_first_takes_the_burst_of_an_idle_link(in_steps):
+    def time_s(slow):
+        topology = ClusterSpec.parse(f"4x1:100mbit;node{slow}=25mbit").topology()
+        flows_of = [(0, to, 1e6) for to in (1, 2, 3)]
+        steps = [Step((flow,)) for flow in flows_of] if in_steps else [Step(tuple(flows_of))]
+        return run_steps(topology, [steps] * 4).time_s, topology
+
+    (first_s, topology), (second_s, _) = time_s(slow=1), time_s(slow=2)
+    uplink = topology.links[topology.route(0, 2)[1]]
+    slow_rate = topology.links[topology.route(0, 1)[-2]].bandwidth_bytes_per_s
+    assert first_s == pytest.approx((1e6 - uplink.burst_bytes) / slow_rate, rel=1e-3)
+    # One burst is gone at once, and as much again waits at the link before rows for other nodes.
+    waits_s = uplink.burst_bytes / uplink.bandwidth_bytes_per_s
+    assert second_s - first_s == pytest.approx(waits_s, rel=0.05)
 
 
 def test_flows_of_later_steps_and_of_later_ranks_take_less_of_a_link():
