@@ -50,6 +50,12 @@ APART = 0.35
 PLANNED_FIRST = 0.5
 
 
+# Of the work on a slice inside a node, what a rank does alone (it packs its rows); for the rest,
+# and for other slices, rows have to be there that the others relay. Without it, dispatches of which
+# many rows move inside nodes were predicted up to 14 % too short (emulated, 2x4).
+INSIDE_ALONE = 0.5
+
+
 @dataclass(frozen=True)
 class Prediction:
     """Simulated seconds of one way of an exchange, and those that each link is busy.
@@ -315,7 +321,11 @@ def _relayed_steps(
         arrived = part if seen[part] == len(between) else None
     if way == "dispatch":
         for left in [arrived] if order else range(len(parts)):
-            add(nothing, left)
+            work_sp, near = beside(left)
+            alone_sp = INSIDE_ALONE * work_sp / (1 if left is None else slices_sp[left])
+            works_sp = zip(alone_sp.tolist(), (work_sp - alone_sp).tolist(), strict=True)
+            for steps, flows, (alone_s, rest_s) in zip(steps_p, near, works_sp, strict=True):
+                steps += [Step(flows, alone_s), Step(work_s=rest_s)]
     elif told:
         add(weights, None)
     return steps_p

@@ -98,6 +98,22 @@ def test_part_of_the_work_is_done_while_rows_are_under_way():
             assert found.time_s == pytest.approx(expected, rel=1e-3)
 
 
+def test_ranks_of_a_node_wait_for_the_last_that_is_relayed_there():
+    topology = tree("2x2")
+    hop_pp, inside_pp = np.zeros((2, 4, 4))
+    hop_pp[0, 2] = 1e6  # 0.1 s of the link between nodes
+    inside_pp[3, 3] = 1e6  # counted at both ends; in two slices
+    constants = Constants(work_s_per_byte=1e-7)
+    planned_s = exchange_cost.PLANNED * 0.2
+    for relayed, waits_s in ((0.0, planned_s), (1.0, 0.1)):
+        inside_pp[2, 3] = relayed
+        rows = Rows((0, 1, 2, 3), [hop_pp, inside_pp])
+        predicted = predict(topology, "hierarchical", "dispatch", [rows], constants)
+        alone_s = exchange_cost.INSIDE_ALONE / 2 * (0.2 - planned_s)
+        expected_s = max(waits_s, planned_s + alone_s) + 0.2 - planned_s - alone_s
+        assert predicted.time_s == pytest.approx(expected_s, rel=1e-3)
+
+
 def test_rows_that_a_rank_keeps_cost_as_much_as_those_it_sends_and_gets():
     topology = tree("2x2")
     for exchange, way in itertools.product(EXCHANGES, WAYS):
