@@ -1,6 +1,6 @@
 """From which size on the hierarchical exchange is faster than the flat ones, on emulated clusters.
 
-Run it (about 40 minutes on two cores; ``--quick`` for one cluster and few sizes)::
+Run it (under an hour on two cores; ``--quick`` for one cluster and few sizes)::
 
     python -m tamoe.experiments.crossover -o experiments/crossover.json
 

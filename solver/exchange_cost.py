@@ -48,8 +48,6 @@ APART = 0.35
 # planned while rows are under way. With all of it before them, dispatches of two groups on nodes of
 # their own were predicted 9 % too long (emulated, 4x2).
 PLANNED_FIRST = 0.5
-
-
 # Of the work on a slice inside a node, what a rank does alone (it packs its rows); for the rest,
 # and for other slices, rows have to be there that the others relay. Without it, dispatches of which
 # many rows move inside nodes were predicted up to 14 % too short (emulated, 2x4).

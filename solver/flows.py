@@ -187,7 +187,8 @@ def run_steps(
         credit_L[credit_L < 1e-6 * burst_L] = 0.0
         first_L -= step_s * load_L
         first_L[first_L < 1e-6 * burst_L] = 0.0
-        first_L = np.where(credit_L < burst_L, first_L, FIRST_BURSTS * burst_L)  # idle again
+        idle_L = (load_L == 0) & (credit_L == burst_L)
+        first_L = np.where(idle_L, FIRST_BURSTS * burst_L, first_L)
         now_s += step_s
         left_s_P -= core_share * step_s
         left_s_P[left_s_P <= SOON_S] = 0.0
