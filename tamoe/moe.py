@@ -72,8 +72,9 @@ class MoE(nn.Module):
         one while others are on the links (:mod:`tamoe.overlap`). Each piece costs its messages and
         a smaller matrix product, so 2 is the one to try first, where experts take as long as rows.
         Experts are then called once for each piece (dropout draws otherwise, norms over rows see
-        fewer), must register all that they train, and cannot hold checkpoints with
-        ``use_reentrant=True``.
+        fewer), must register all that they train, cannot hold checkpoints with
+        ``use_reentrant=True`` and must call no collective of the exchange's group or of the default
+        group: rows of another piece are on their way there, and ranks would pair the wrong ones.
     device, dtype
         Where to put gate and experts; None leaves them.
 
