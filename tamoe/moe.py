@@ -73,8 +73,8 @@ class MoE(nn.Module):
         a smaller matrix product, so 2 is the one to try first, where experts take as long as rows.
         Experts are then called once for each piece (dropout draws otherwise, norms over rows see
         fewer), must register all that they train, cannot hold checkpoints with
-        ``use_reentrant=True`` and must call no collective of the exchange's group or of the default
-        group: rows of another piece are on their way there, and ranks would pair the wrong ones.
+        ``use_reentrant=True`` and must call no collective of the exchange's group: rows of another
+        piece are on their way there, and ranks would pair the wrong ones.
     device, dtype
         Where to put gate and experts; None leaves them.
 
@@ -208,7 +208,10 @@ class MoE(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
-        return f"num_experts={self.num_experts}, num_local_experts={len(self.expert_numbers)}"
+        return (
+            f"num_experts={self.num_experts}, num_local_experts={len(self.expert_numbers)}, "
+            f"overlap={self.overlap}"
+        )
 
 
 def _exchange(exchange: Exchange | Literal["auto", "flat", "none"], group: Group) -> Exchange:

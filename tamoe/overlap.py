@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tamoe.first_order import first_order
+from tamoe.handle import require_tensors
 from tamoe.lane import Lane, in_turns
 from tamoe.topology.errors import InputError
 
@@ -69,7 +70,7 @@ def run_overlapped(
     InputError
         The exchange refuses its input; or gradients would be lost: of parameters that are sharded,
         of a tensor that the experts use and that is none of ``parameters``, or where hooks give
-        back copies of what autograd saves.
+        back copies of what autograd saves. What experts do is refused on their rank alone.
 
     Examples
     --------
@@ -93,7 +94,8 @@ def run_overlapped(
     run = _Run(exchange, experts, parameters, num_experts, _cut(*given, num_pieces))
     if not run.graphs:
         return run.forward()
-    anchor_0D = x_TD.new_empty(0, x_TD.shape[1]).requires_grad_()
+    # Of a dtype that may need gradients, whatever that of the tokens, which the exchange checks.
+    anchor_0D = torch.empty(0, x_TD.shape[1], device=x_TD.device, requires_grad=True)
     out_TD: torch.Tensor = _Overlapped.apply(run, x_TD, weight_TK, anchor_0D, *parameters)
     return out_TD
 
@@ -128,6 +130,7 @@ class _Piece:
     def work(self, experts: Experts) -> None:
         self.given_RD = _start(self.row_RD)
         self.made_RD = experts(self.given_RD, self.handle.counts_E)
+        require_tensors(row_RD=self.made_RD)
 
     def combine(self, exchange: Exchange) -> None:
         self.back_RD = _start(self.made_RD)
@@ -256,7 +259,7 @@ class _Run:
 
         def work(piece: _Piece) -> None:
             piece.work(self.experts)
-            if piece is self.pieces[0] and self.graphs:
+            if self.graphs:
                 _require_known(piece.made_RD, (piece.given_RD, *self.parameters))
 
         with Lane(device, self.graphs, inline=False) as lane, torch.set_grad_enabled(self.graphs):

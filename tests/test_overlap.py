@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import json
 import threading
 import weakref
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 
 from tamoe import MoE, NaiveGate, SwitchGate
 from tamoe.exchange import Exchange, Kind
-from tamoe.experiments.overlap import Config, main, names
 from tamoe.experts import FeedForward, GroupedFeedForward
 from tamoe.overlap import run_overlapped
 from tamoe.record import PHASES, record_exchanges
@@ -172,6 +169,35 @@ def test_what_cannot_be_cut_is_refused_by_the_exchange(index: Any) -> None:
             num_experts=2,
             num_pieces=2,
         )
+
+
+def test_gradients_that_only_a_later_piece_would_lose_are_refused() -> None:
+    factor, calls = torch.ones(6, dtype=torch.float64, requires_grad=True), itertools.count()
+
+    class Later(nn.Module):
+        def forward(self, row_RD: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+            return row_RD * factor if next(calls) else row_RD
+
+    with pytest.raises(InputError, match=r"a tensor of shape \(6,\) .* none of their parameters"):
+        layer(Exchange(), 2, Later())(tokens(0, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_tokens_without_gradients_are_refused_by_the_exchange(dtype: torch.dtype) -> None:
+    given = (lambda row_RD, _: row_RD), (), torch.zeros(4, 2, dtype=dtype)
+    index_TK = torch.zeros(4, 1, dtype=torch.int64)
+    with pytest.raises(InputError, match=f"x_TD is {dtype} of shape .*; allowed"):
+        run_overlapped(Exchange(), *given, index_TK, None, num_experts=2, num_pieces=2)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_experts_that_make_no_tensor_are_named(gradients: bool) -> None:
+    class Nothing(nn.Module):
+        def forward(self, row_RD: torch.Tensor, counts_E: torch.Tensor) -> None:
+            return None
+
+    with torch.set_grad_enabled(gradients), pytest.raises(InputError, match="row_RD is NoneType"):
+        layer(Exchange(), 2, Nothing())(tokens(0, 4))
 
 
 @pytest.mark.parametrize("overlap", [0, 1.5, "2"])
@@ -328,42 +354,6 @@ def skipped(rank: int) -> list[bool]:
 @pytest.mark.ranks
 def test_ranks_stay_in_step_after_experts_that_fail() -> None:
     assert run_ranks(4, skipped) == [[True, True]] * 4
-
-
-def at_the_same_time(rank: int) -> list[bool]:
-    """Whether experts are at work on a piece before the dispatch of the next one has ended."""
-    exchange, seen = Exchange(TREE, kind="flat", timeout_s=TIMEOUT_S), []
-    dispatch, number, begun = exchange.dispatch, itertools.count(), threading.Semaphore(0)
-
-    def late(*given: Any, **options: Any) -> Any:
-        if next(number):
-            seen.append(begun.acquire(timeout=TIMEOUT_S / 3))
-        return dispatch(*given, **options)
-
-    class Working(nn.Module):
-        def forward(self, row_RD: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
-            begun.release()
-            return row_RD
-
-    exchange.dispatch = late  # type: ignore[method-assign]
-    layer(exchange, 3, Working())(tokens(rank, 8))
-    return seen
-
-
-@pytest.mark.ranks
-def test_rows_of_the_next_piece_move_while_experts_work() -> None:
-    assert run_ranks(4, at_the_same_time) == [[True, True]] * 4
-
-
-@pytest.mark.emulated
-def test_the_experiment_times_every_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "overlap.json"
-    sizes = {"tokens": 16, "hidden_size": 8, "intermediate_size": 8, "most_pieces": 2}
-    main(path, cluster="2x1:200mbit", top_k=2, repetitions=2, **sizes)
-    seconds = json.loads(path.read_text())["seconds"]
-    assert list(seconds) == names(Config(most_pieces=2))
-    assert all(len(times_s) == 2 and min(times_s) > 0 for times_s in seconds.values())
-    assert "hierarchical" in capsys.readouterr().out
 
 
 # ---- a GPU --------------------------------------------------------------------------------------
