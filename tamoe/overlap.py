@@ -142,10 +142,10 @@ class _Piece:
         grads = _gradients([self.out_tD], [self.grad_out_tD], wanted)
         self.grad_made_RD, self.grad_weight, _ = grads
 
-    def work_backward(self, parameters: Sequence[torch.Tensor]) -> list[Maybe]:
+    def work_backward(self, parameters: Sequence[torch.Tensor], keep: bool) -> list[Maybe]:
         with _without_hooks(parameters):
             wanted = self.given_RD, *parameters
-            grads = _gradients([self.made_RD], [self.grad_made_RD], wanted)
+            grads = _gradients([self.made_RD], [self.grad_made_RD], wanted, keep)
         self.grad_row_RD = grads[0]
         return grads[1:]
 
@@ -183,9 +183,12 @@ def _start(given: torch.Tensor) -> torch.Tensor:
 
 
 def _gradients(
-    outputs: Iterable[Maybe], grads: Iterable[Maybe], inputs: Sequence[Maybe]
+    outputs: Iterable[Maybe], grads: Iterable[Maybe], inputs: Sequence[Maybe], keep: bool = True
 ) -> list[Maybe]:
-    """Gradients of the inputs that need some; a gradient of an output that is None counts as 0."""
+    """Gradients of the inputs that need some; a gradient of an output that is None counts as 0.
+
+    The graph is kept for another backward pass, or is not.
+    """
     pairs = [
         (output, torch.zeros_like(output) if grad is None else grad)
         for output, grad in zip(outputs, grads, strict=True)
@@ -197,10 +200,10 @@ def _gradients(
     needed = {i: t for i, t in enumerate(inputs) if t is not None and t.requires_grad}
     ends, ends_grads = zip(*pairs, strict=True)
     if not needed:  # on this rank; rows move all the same
-        torch.autograd.backward(ends, ends_grads, retain_graph=True)
+        torch.autograd.backward(ends, ends_grads, retain_graph=keep)
         return found
     given = torch.autograd.grad(
-        ends, list(needed.values()), ends_grads, retain_graph=True, allow_unused=True
+        ends, list(needed.values()), ends_grads, retain_graph=keep, allow_unused=True
     )
     for number, grad in zip(needed, given, strict=True):
         found[number] = grad
@@ -220,8 +223,11 @@ def _without_hooks(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
             parameter._backward_hooks = hooks
 
 
-def _require_known(made_RD: torch.Tensor, known: Iterable[torch.Tensor]) -> None:
-    """Refuse a graph that begins anywhere else: gradients from there would be lost."""
+def _require_known(made_RD: torch.Tensor, known: Iterable[torch.Tensor]) -> set[Any]:
+    """Refuse a graph that begins anywhere else, as gradients from there would be lost.
+
+    Returns its nodes, but for those where it begins.
+    """
     numbers = {id(tensor) for tensor in known}
     waiting, seen = [made_RD.grad_fn], set()
     while waiting:
@@ -237,6 +243,7 @@ def _require_known(made_RD: torch.Tensor, known: Iterable[torch.Tensor]) -> None
                 f"experts alone, which `experts.parameters()` lists"
             )
         waiting += [before for before, _ in node.next_functions]
+    return {node for node in seen if node.next_functions}
 
 
 # ---- all pieces ---------------------------------------------------------------------------------
@@ -252,15 +259,18 @@ class _Run:
     num_experts: int
     pieces: list[_Piece]
     graphs: bool = field(default_factory=torch.is_grad_enabled)
+    shared: bool = False  # some of the experts' graph, as a weight that is made once for all calls
 
     def forward(self) -> torch.Tensor:
         """``[T, D]``; makes the pieces' graphs, and none itself."""
-        device = self.pieces[0].x_tD.device
+        device, nodes = self.pieces[0].x_tD.device, set[Any]()
 
         def work(piece: _Piece) -> None:
             piece.work(self.experts)
             if self.graphs:
-                _require_known(piece.made_RD, (piece.given_RD, *self.parameters))
+                found = _require_known(piece.made_RD, (piece.given_RD, *self.parameters))
+                self.shared = self.shared or not nodes.isdisjoint(found)
+                nodes.update(found)
 
         with Lane(device, self.graphs, inline=False) as lane, torch.set_grad_enabled(self.graphs):
             in_turns(
@@ -272,15 +282,20 @@ class _Run:
             )
         return torch.cat([piece.out_tD.detach() for piece in self.pieces])
 
-    def backward(self, grad_TD: torch.Tensor) -> tuple[Maybe, Maybe, list[Maybe]]:
-        """Gradients of tokens, of weights and of the parameters."""
+    def backward(self, grad_TD: torch.Tensor, keep: bool) -> tuple[Maybe, Maybe, list[Maybe]]:
+        """Gradients of tokens, of weights and of the parameters.
+
+        The experts' graphs are not kept without need: compiled ones refuse that.
+        """
         sizes = [len(piece.x_tD) for piece in self.pieces]
         for piece, grad_tD in zip(self.pieces, grad_TD.split(sizes), strict=True):
             piece.grad_out_tD = grad_tD
         total: list[Maybe] = [None] * len(self.parameters)
 
         def work(piece: _Piece) -> None:
-            for number, grad in enumerate(piece.work_backward(self.parameters)):
+            for number, grad in enumerate(
+                piece.work_backward(self.parameters, keep or self.shared)
+            ):
                 if grad is not None:
                     before = total[number]
                     total[number] = grad if before is None else before + grad
@@ -306,6 +321,12 @@ def _joined(grads: Sequence[Maybe]) -> Maybe:
     found = [grad for grad in grads if grad is not None]
     assert len(found) in (0, len(grads))
     return torch.cat(found) if found else None
+
+
+def _keeps_graph() -> bool:
+    """Whether the backward pass that is under way has ``retain_graph``."""
+    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return asked is None or bool(asked())
 
 
 class _Overlapped(torch.autograd.Function):
@@ -335,5 +356,5 @@ class _Overlapped(torch.autograd.Function):
                 "saved_tensors_hooks give back copies of what autograd saves, as offloading does; "
                 "allowed where overlap is over 1: none around the layer, or a checkpoint"
             )
-        of_x_TD, of_weight_TK, of_parameters = run.backward(grad_TD)
+        of_x_TD, of_weight_TK, of_parameters = run.backward(grad_TD, _keeps_graph())
         return None, of_x_TD, of_weight_TK, None, *of_parameters
